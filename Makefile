@@ -1,0 +1,78 @@
+# Everything a person or CI does with this repository. `make help` lists it.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.NOTPARALLEL:
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+PYTEST := $(BIN)/pytest
+say = @printf '\n\033[1m==> %s\033[0m\n' "$(1)"
+
+.PHONY: help setup quickstart test test-unit test-contract test-integration test-e2e test-tools \
+        lint type protos protos-check bench clean
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  \033[1m%-17s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(READY) ## Make .venv with everything in it (again only when pyproject.toml has changed)
+
+$(READY): pyproject.toml scripts/setup.sh
+	@PYTHON=$(PYTHON) VENV=$(VENV) bash scripts/setup.sh
+	@touch $@
+
+test-tools: setup ## Install what the tests need from Debian (redis-server)
+	@bash scripts/test_tools.sh
+
+quickstart: setup ## Start a cluster on this machine and serve; ARGS="--detach --prefill 2 ..." goes to inferctl
+	@$(BIN)/inferctl quickstart $(ARGS)
+
+test: setup test-tools lint type protos-check test-unit test-contract test-integration test-e2e ## Check everything (under 20 minutes on 2 cores)
+	$(call say,everything passed)
+
+lint: setup ## ruff and the import contracts
+	$(call say,lint)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+
+type: setup ## mypy --strict
+	$(call say,types)
+	$(BIN)/mypy
+
+protos: setup ## Generate inferflux/v1 from protos/
+	@VENV=$(VENV) bash scripts/protos.sh generate
+
+protos-check: setup ## buf lint, buf format, and proof that inferflux/v1 is current
+	$(call say,protos)
+	@VENV=$(VENV) bash scripts/protos.sh check
+
+test-unit: setup ## Fast tests of single modules
+	$(call say,unit tests)
+	$(PYTEST) tests/unit $(ARGS)
+
+test-contract: test-tools ## Engines, stores, documentation: one suite per contract
+	$(call say,contract tests)
+	$(PYTEST) tests/contract $(ARGS)
+
+test-integration: test-tools ## All services as real processes, with the sim engine
+	$(call say,integration tests)
+	$(PYTEST) tests/integration $(ARGS)
+
+test-e2e: setup ## Real vLLM, real model, real clients
+	$(call say,end-to-end tests)
+	$(PYTEST) tests/e2e $(ARGS)
+
+bench: setup ## Run each benchmark of bench/README.md and print its table
+	$(call say,what a gateway costs)
+	$(BIN)/python bench/gateway_cost.py $(ARGS)
+	$(call say,disaggregated against aggregated)
+	$(BIN)/python bench/disagg.py $(ARGS)
+
+clean: ## Remove .venv and everything generated except inferflux/v1
+	rm -rf $(VENV) dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	find inferflux services tests bench scripts -name __pycache__ -type d -prune -exec rm -rf {} +

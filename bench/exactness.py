@@ -1,0 +1,115 @@
+"""Compare the cluster's tokens with those of one vLLM server.
+
+Runs the same prompts, greedy and seeded, at concurrency 1 and 4, against a running cluster (INFERCTL_URL,
+INFERCTL_API_KEY) and against vLLM's own server, and compares token ids. Only float32 can be exact: half precision is
+not batch-invariant even in one engine.
+
+    python -m bench.exactness --model-dir DIR [--prompts 50] [--tokens 16]
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import httpx
+
+from bench.load import Server
+from bench.peers import vllm_server
+
+TEXT = Path(__file__).parent.parent / "LICENSE"
+MODES = {
+    "greedy": {"temperature": 0},
+    "seeded": {"temperature": 0.8, "top_p": 0.9, "seed": 20250101},
+}
+Answers = dict[str, list[list[int]]]
+
+
+def lengths(num: int, shortest: int = 5, longest: int = 1500) -> list[int]:
+    """Prompt lengths in tokens, evenly spaced on a logarithmic scale."""
+    if num == 1:
+        return [longest]
+    return [round(shortest * (longest / shortest) ** (i / (num - 1))) for i in range(num)]
+
+
+async def prompts(client: httpx.AsyncClient, server: Server, num: int) -> list[list[int]]:
+    """Token ids cut from the licence's text, each prompt from another place."""
+    body = {"model": server.model, "prompt": TEXT.read_text(), "add_special_tokens": False}
+    response = await client.post(
+        server.url + "/tokenize", json=body | {"return_token_strs": False}, headers=server.headers
+    )
+    ids = response.raise_for_status().json()["tokens"]
+    return [(ids[37 * i % 600 :] + ids)[:n] for i, n in enumerate(lengths(num))]
+
+
+async def answer(client: httpx.AsyncClient, server: Server, prompt: list[int], body: dict[str, object]) -> list[int]:
+    """Token ids of one completion."""
+    body = {"model": server.model, "prompt": prompt, "return_token_ids": True, **body}
+    response = await client.post(server.url + "/v1/completions", json=body, headers=server.headers)
+    if response.status_code != httpx.codes.OK:
+        raise RuntimeError(f"{len(prompt)} tokens: {response.status_code} {response.text[:300]}")
+    return response.json()["choices"][0]["token_ids"]
+
+
+async def answer_all(
+    client: httpx.AsyncClient, server: Server, prompts: list[list[int]], body: dict[str, object], concurrency: int
+) -> list[list[int]]:
+    """Token ids of all prompts, at most `concurrency` at a time, in the order of the prompts."""
+    gate = asyncio.Semaphore(concurrency)
+
+    async def one(prompt: list[int]) -> list[int]:
+        async with gate:
+            return await answer(client, server, prompt, body)
+
+    return await asyncio.gather(*map(one, prompts))
+
+
+async def run(server: Server, num_prompts: int, num_tokens: int) -> Answers:
+    """All modes at both concurrencies, in the same order on every server."""
+    answers: Answers = {}
+    async with httpx.AsyncClient(timeout=900) as client:
+        ids = await prompts(client, server, num_prompts)
+        for mode, params in MODES.items():
+            for concurrency in (1, 4):
+                start, name = time.monotonic(), f"{mode}/c{concurrency}"
+                body = {"max_tokens": num_tokens, **params}
+                answers[name] = await answer_all(client, server, ids, body, concurrency)
+                print(f"  {server.url} {name}: {len(ids)} prompts in {time.monotonic() - start:.0f} s", flush=True)
+    return answers
+
+
+def compare(ours: Answers, peers: Answers) -> list[dict[str, object]]:
+    """Per mode: prompts with equal tokens, and where the others part."""
+    rows = []
+    for name, answers in ours.items():
+        apart = [i for i, (a, b) in enumerate(zip(answers, peers[name], strict=True)) if a != b]
+        rows.append({"mode": name, "prompts": len(answers), "equal": len(answers) - len(apart), "differ": apart})
+    return rows
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model-dir", type=Path, required=True)
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--prompts", type=int, default=50)
+    parser.add_argument("--tokens", type=int, default=16)
+    args = parser.parse_args()
+    ours = Server(os.environ.get("INFERCTL_URL", "http://127.0.0.1:8080"), args.model, os.environ["INFERCTL_API_KEY"])
+    got = asyncio.run(run(ours, args.prompts, args.tokens))
+    with vllm_server(args.model_dir, args.model, "float32", threads=1) as peer:
+        expected = asyncio.run(run(peer, args.prompts, args.tokens))
+    rows = compare(got, expected)
+    print(f"{'mode':<12}{'prompts':>8}{'equal':>8}  differ")
+    for row in rows:
+        print(f"{row['mode']:<12}{row['prompts']:>8}{row['equal']:>8}  {row['differ'] or ''}")
+    print(json.dumps(rows))
+    return 0 if all(row["equal"] == row["prompts"] for row in rows) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

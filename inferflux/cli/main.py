@@ -1,0 +1,231 @@
+"""inferctl. Commands are thin: each imports what it needs and delegates, so that any of them starts in a fraction of a second."""
+
+from __future__ import annotations
+
+import sys
+from enum import StrEnum
+from typing import Annotated, Optional
+
+import typer
+
+from inferflux.cli.failure import CliError, Exit
+from inferflux.cli.output import Format, note
+
+HELP = """InferFlux: disaggregated LLM serving on this machine or elsewhere.
+
+Clients read INFERCTL_API_KEY and INFERCTL_URL (default: the local cluster). State is in INFERFLUX_HOME (~/.inferflux),
+models are in INFERFLUX_MODELS (~/.cache/inferflux/models).
+
+Exit status: 0 fine, 1 failed, 2 wrong usage, 3 nothing is running, 4 key missing or not allowed to, 130 interrupted.
+"""
+
+app = typer.Typer(help=HELP, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+server_app = typer.Typer(help="The local cluster.", no_args_is_help=True)
+admin_app = typer.Typer(help="Administration.", no_args_is_help=True)
+keys_app = typer.Typer(help="API keys.", no_args_is_help=True)
+app.add_typer(server_app, name="server")
+app.add_typer(admin_app, name="admin")
+admin_app.add_typer(keys_app, name="api-keys")
+
+
+class EngineName(StrEnum):
+    """Value of --engine."""
+
+    VLLM = "vllm"
+    SIM = "sim"
+
+
+class Dtype(StrEnum):
+    """Value of --dtype. auto: bfloat16 where the CPU computes in it, else float32."""
+
+    AUTO = "auto"
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+
+
+class ScopeName(StrEnum):
+    """Value of --scope."""
+
+    GENERATE = "generate"
+    READ = "read"
+    ADMIN = "admin"
+
+
+Output = Annotated[Format, typer.Option("-o", "--output", help="How to print the result.")]
+Prompt = Annotated[Optional[str], typer.Argument(help="Text; read from stdin when missing.")]  # noqa: UP045 - typer
+ModelName = Annotated[Optional[str], typer.Option("--model", help="Default: the first one served.")]  # noqa: UP045
+MaxTokens = Annotated[Optional[int], typer.Option("--max-tokens", min=1)]  # noqa: UP045
+Temperature = Annotated[Optional[float], typer.Option("--temperature", min=0.0)]  # noqa: UP045
+NoStream = Annotated[bool, typer.Option("--no-stream", help="Print the answer when it is complete.")]
+Local = Annotated[bool, typer.Option("--local", help="Use the operator's certificate of this home, not a key.")]
+
+
+@app.command()
+def quickstart(
+    detach: Annotated[bool, typer.Option("--detach", "-d", help="Return when it is ready.")] = False,
+    engine: Annotated[EngineName, typer.Option(help="sim simulates: it runs no model.")] = EngineName.VLLM,
+    model: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="A name in INFERFLUX_MODELS or a Hugging Face folder. Default: smollm2-135m."),
+    ] = None,
+    prefill: Annotated[int, typer.Option(min=0, max=64, help="Prefill workers.")] = 1,
+    decode: Annotated[int, typer.Option(min=1, max=64, help="Decode workers.")] = 1,
+    host: Annotated[str, typer.Option(help="Address the gateway listens on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 picks a free one.")] = 8080,
+    dtype: Annotated[Dtype, typer.Option(help="auto: bfloat16 where the CPU computes in it, else float32.")] = Dtype.AUTO,
+    output: Output = Format.TABLE,
+) -> None:
+    """Start a cluster on this machine and say how to use it; Ctrl-C stops it."""
+    from inferflux.cli.plan import ClusterOptions  # noqa: PLC0415
+    from inferflux.cli.quickstart import quickstart  # noqa: PLC0415
+
+    options = ClusterOptions(str(engine), "", prefill=prefill, decode=decode, host=host, port=port, dtype=str(dtype))
+    quickstart(options, model, detach=detach, output=output)
+
+
+@app.command()
+def status(output: Output = Format.TABLE) -> None:
+    """Show the processes of the local cluster."""
+    from inferflux.cli.server import show_status  # noqa: PLC0415
+
+    show_status(output)
+
+
+@app.command()
+def models(output: Output = Format.TABLE) -> None:
+    """List the models that are served."""
+    from inferflux.cli.server import show_models  # noqa: PLC0415
+
+    show_models(output)
+
+
+@app.command()
+def chat(
+    prompt: Prompt = None,
+    interactive: Annotated[bool, typer.Option("--interactive", "-i", help="Keep talking.")] = False,
+    model: ModelName = None,
+    max_tokens: MaxTokens = None,
+    temperature: Temperature = None,
+    no_stream: NoStream = False,
+    output: Output = Format.TABLE,
+) -> None:
+    """Ask a question."""
+    from inferflux.cli import talk  # noqa: PLC0415
+
+    sampling = talk.Sampling(model, max_tokens, temperature, not no_stream)
+    if interactive:
+        talk.converse(prompt, sampling)
+    else:
+        talk.chat(prompt, sampling, output)
+
+
+@app.command()
+def completion(
+    prompt: Prompt = None,
+    model: ModelName = None,
+    max_tokens: MaxTokens = None,
+    temperature: Temperature = None,
+    no_stream: NoStream = False,
+    output: Output = Format.TABLE,
+) -> None:
+    """Continue a text."""
+    from inferflux.cli import talk  # noqa: PLC0415
+
+    talk.complete(prompt, talk.Sampling(model, max_tokens, temperature, not no_stream), output)
+
+
+@server_app.command("start")
+def server_start(output: Output = Format.TABLE) -> None:
+    """Start the cluster again in the background, with the options of its last start."""
+    from inferflux.cli import server  # noqa: PLC0415
+
+    server.start(output)
+
+
+@server_app.command("stop")
+def server_stop(output: Output = Format.TABLE) -> None:
+    """Drain and stop everything."""
+    from inferflux.cli import server  # noqa: PLC0415
+
+    server.stop(output)
+
+
+@server_app.command("restart")
+def server_restart(
+    name: Annotated[Optional[str], typer.Argument(help="A role or a process; default: everything.")] = None,  # noqa: UP045
+    output: Output = Format.TABLE,
+) -> None:
+    """Restart processes; those of a role one after the other."""
+    from inferflux.cli import server  # noqa: PLC0415
+
+    server.restart(name, output)
+
+
+@server_app.command("status")
+def server_status(output: Output = Format.TABLE) -> None:
+    """Show the processes, as `inferctl status` does."""
+    from inferflux.cli.server import show_status  # noqa: PLC0415
+
+    show_status(output)
+
+
+@server_app.command("logs")
+def server_logs(
+    name: Annotated[Optional[str], typer.Argument(help="A role or a process; default: all.")] = None,  # noqa: UP045
+    lines: Annotated[int, typer.Option("-n", "--lines", min=1, help="Of each log.")] = 50,
+    follow: Annotated[bool, typer.Option("-f", "--follow", help="Go on printing.")] = False,
+    output: Output = Format.TABLE,
+) -> None:
+    """Print logs."""
+    from inferflux.cli import server  # noqa: PLC0415
+
+    server.show_logs(name, lines, follow=follow, output=output)
+
+
+@keys_app.command("list")
+def keys_list(local: Local = False, output: Output = Format.TABLE) -> None:
+    """List live keys, without secrets."""
+    from inferflux.cli import keys  # noqa: PLC0415
+
+    keys.show(keys.open_keys(is_local=local), output)
+
+
+@keys_app.command("create")
+def keys_create(
+    name: Annotated[str, typer.Argument(help="What it is for.")],
+    scope: Annotated[list[ScopeName], typer.Option(help="May be given several times.")] = [ScopeName.GENERATE],  # noqa: B006
+    tenant: Annotated[str, typer.Option(help="Whom its use is counted for.")] = "",
+    days: Annotated[Optional[float], typer.Option(min=0.0, help="Life; default: for ever.")] = None,  # noqa: UP045
+    local: Local = False,
+    output: Output = Format.TABLE,
+) -> None:
+    """Create a key and print it, this once."""
+    from inferflux.cli import keys  # noqa: PLC0415
+
+    keys.create(keys.open_keys(is_local=local), name, [str(s) for s in scope], tenant, days, output)
+
+
+@keys_app.command("revoke")
+def keys_revoke(
+    key_id: Annotated[str, typer.Argument(help="As in `list`.")], local: Local = False, output: Output = Format.TABLE
+) -> None:
+    """Revoke a key for ever."""
+    from inferflux.cli import keys  # noqa: PLC0415
+
+    keys.revoke(keys.open_keys(is_local=local), key_id, output)
+
+
+def main() -> int:
+    """Run one command; returns the exit status that the help text documents."""
+    try:
+        app()
+    except CliError as e:
+        note(f"inferctl: {e.message}")
+        if e.hint:
+            note(f"  {e.hint}")
+        return e.code
+    except BrokenPipeError:  # `inferctl ... | head`: nobody reads on
+        sys.stderr.close()
+        return Exit.FAILED
+    return Exit.OK

@@ -1,0 +1,175 @@
+"""From `--model NAME|DIR` to a folder that engines can load, its digest and its numerics reference.
+
+Called by `inferctl quickstart` before anything starts. Slow work (download, conversion, hashing, the reference) happens
+once and is cached under the models directory; two processes never do it at the same time. No code from a model folder
+is ever run and no pickled weights are read.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from inferflux.cli import jobs, manifest
+from inferflux.cli.manifest import Manifest
+from inferflux.engine import reference
+from inferflux.errors import ConfigError, InferfluxError
+
+DEFAULT = "smollm2-135m"
+REFERENCE_NAME = "inferflux-reference.json"
+VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "tekken.json", "vocab.txt")
+FLOAT32_BYTES_PER_WEIGHT_BYTE = 2  # weights come in 16 bits
+
+Progress = Callable[[str, float | None], None]
+"""Called with what is being done and how much of it is done, 0 to 1; None = unknown."""
+
+
+class ModelError(InferfluxError):
+    """A model that can't be served, and why, in one line."""
+
+    reason = "MODEL_INVALID"
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A model ready to be served. `reference`: None when this machine can't compute one (too little memory)."""
+
+    name: str
+    folder: Path
+    weights_digest: str
+    num_weight_bytes: int
+    reference: Path | None
+
+
+def prepare(name_or_folder: str, models_dir: Path, progress: Progress, *, available_bytes: int) -> Model:
+    """Find, build or check the model. Raises ModelError."""
+    models_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    name, folder = locate(name_or_folder, models_dir)
+    with locked(models_dir / f".lock-{name}", lambda: progress("waiting for another process", None)):
+        if name_or_folder == DEFAULT:
+            from inferflux.cli import default_model  # noqa: PLC0415 - only here
+
+            default_model.ensure(folder, progress)
+        files = check_folder(folder)
+        cache = cache_dir(folder, models_dir)
+        digests = ensure_manifest(folder, files, cache, progress)
+        num_bytes = sum(f.size for n, f in digests.files.items() if n.endswith(".safetensors"))
+        has_room = num_bytes * FLOAT32_BYTES_PER_WEIGHT_BYTE < available_bytes
+        path = ensure_reference(folder, digests.weights_digest, cache, progress) if has_room else None
+        return Model(name, folder, digests.weights_digest, num_bytes, path)
+
+
+def locate(name_or_folder: str, models_dir: Path) -> tuple[str, Path]:
+    """Split what the user gave into the name clients will use and a folder. A bare name means the models directory."""
+    is_path = os.sep in name_or_folder or name_or_folder.startswith((".", "~"))
+    if not is_path and (name_or_folder == DEFAULT or (models_dir / name_or_folder).is_dir()):
+        return name_or_folder, models_dir / name_or_folder
+    folder = Path(name_or_folder).expanduser().resolve()
+    if not folder.is_dir():
+        raise ModelError(f"no model {name_or_folder!r}: not a folder, and not in {models_dir} ({known(models_dir)})")
+    return public_name(folder), folder
+
+
+def known(models_dir: Path) -> str:
+    """List the names that `locate` accepts."""
+    return ", ".join(sorted({DEFAULT} | {p.parent.name for p in models_dir.glob("[!.]*/config.json")}))
+
+
+def public_name(folder: Path) -> str:
+    """Name a folder: its own name, or the repository's inside a Hugging Face cache (models--org--name/snapshots/...)."""
+    if folder.parent.name == "snapshots":
+        return folder.parent.parent.name.rpartition("--")[2]
+    return folder.name
+
+
+def check_folder(folder: Path) -> list[str]:
+    """Check that `folder` is a complete Hugging Face model without code; return the names of the files that make it."""
+    config = read_json(folder / "config.json")
+    if not config.get("architectures"):
+        raise ModelError(f"{folder}/config.json names no architectures: not a model that can be served")
+    for source in ("config.json", "tokenizer_config.json"):
+        if (folder / source).exists() and "auto_map" in read_json(folder / source):
+            raise ModelError(f"{folder}/{source} has auto_map: models that bring their own code are not run")
+    vocabularies = [n for n in VOCABULARIES if (folder / n).is_file()]
+    if not vocabularies:
+        raise ModelError(f"{folder} has no tokenizer ({', '.join(VOCABULARIES)})")
+    settings = [p.name for p in folder.glob("*.json") if not p.name.startswith("inferflux-")]
+    templates = [p.name for p in folder.glob("*.jinja")]
+    return sorted({"config.json", *check_weights(folder), *vocabularies, *settings, *templates})
+
+
+def check_weights(folder: Path) -> list[str]:
+    """Return the weight files; all shards that the index names must be there."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        shards = set(read_json(index).get("weight_map", {}).values())
+        missing = sorted(s for s in shards if os.sep in s or not (folder / s).is_file())
+        if missing or not shards:
+            raise ModelError(f"{folder} misses weights: {', '.join(missing) or 'its index is empty'}")
+        return sorted(shards)
+    weights = sorted(p.name for p in folder.glob("*.safetensors"))
+    if not weights:
+        raise ModelError(f"{folder} has no *.safetensors weights (pickled .bin and .pt files are not read)")
+    return weights
+
+
+def read_json(path: Path) -> dict[str, object]:
+    """Read an object. Raises ModelError."""
+    try:
+        document = json.loads(path.read_text())
+    except FileNotFoundError as e:
+        raise ModelError(f"{path.parent} has no {path.name}: not a Hugging Face model folder") from e
+    except (OSError, ValueError) as e:
+        raise ModelError(f"{path}: {e}") from e
+    if not isinstance(document, dict):
+        raise ModelError(f"{path}: not a JSON object")
+    return document
+
+
+def cache_dir(folder: Path, models_dir: Path) -> Path:
+    """Where we keep what we learn about a folder: inside our own folders, beside them for the user's."""
+    if folder.parent == models_dir:
+        return folder
+    return models_dir / ".cache" / hashlib.sha256(os.fsencode(folder)).hexdigest()[:32]
+
+
+def ensure_manifest(folder: Path, files: list[str], cache: Path, progress: Progress) -> Manifest:
+    """Read the digests, or compute them when any file is new."""
+    path = cache / manifest.NAME
+    digests = Manifest.load(path)
+    if digests is None or not digests.is_fresh(folder, files):
+        cache.mkdir(mode=0o700, parents=True, exist_ok=True)
+        digests = Manifest.compute(folder, files, lambda fraction: progress("computing digests", fraction))
+        digests.save(path)
+    return digests
+
+
+def ensure_reference(folder: Path, weights_digest: str, cache: Path, progress: Progress) -> Path:
+    """Compute the numerics reference unless the one we have is of these very weights."""
+    path = cache / REFERENCE_NAME
+    try:
+        if reference.load(path).weights_digest == weights_digest:
+            return path
+    except ConfigError:
+        pass  # none yet, or one of another format
+    arguments = [str(folder), weights_digest, str(path)]
+    jobs.run("reference", arguments, lambda fraction: progress("computing numerics reference", fraction))
+    return path
+
+
+@contextmanager
+def locked(path: Path, on_wait: Callable[[], None]) -> Iterator[None]:
+    """Hold an exclusive lock on `path`; calls `on_wait` once when somebody else has it."""
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            on_wait()
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield

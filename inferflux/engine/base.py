@@ -1,0 +1,141 @@
+"""The contract between a worker and its engine.
+
+A worker owns exactly one engine. `vllm` serves users; `sim` serves tests, chaos and capacity studies. Both pass
+tests/contract. An engine knows nothing of gRPC, leases or signatures: the worker turns `PublishedKv` into a signed
+ticket and a verified ticket back into a `KvSource`.
+
+Lifecycle: `start` once -> `prefill` / `generate` concurrently -> `close` once. Cancelling the task that awaits
+`prefill`, or closing the iterator of `generate`, aborts the request in the engine at once and frees what it held.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass
+
+from inferflux.types import ChoiceTokens, Frame, HttpAnswer, HttpCall, ModelFingerprint, RequestContext
+
+
+@dataclass(frozen=True, slots=True)
+class EngineInfo:
+    """What an engine is after `start`. `slot_bytes`: bytes of one KV block over all layers."""
+
+    name: str
+    model: str
+    fingerprint: ModelFingerprint
+    max_model_len: int
+    max_num_seqs: int
+    slot_bytes: int
+    capabilities: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PublishedKv:
+    """Blocks of one prompt in this worker's arena, complete and readable.
+
+    `slots` in block order; `digests` are xxh3-128 (16 bytes) of each slot's bytes. Whoever receives this owns the
+    slots and must free them through the arena.
+    """
+
+    slots: tuple[int, ...]
+    digests: tuple[bytes, ...]
+    num_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class ComputedPrompt:
+    """One prompt after prefill. `kv` is None when the arena had no room for it; `token_ids` were sampled (one)."""
+
+    prompt_digest: bytes
+    num_prompt_tokens: int
+    token_ids: tuple[int, ...]
+    kv: PublishedKv | None
+    num_cached_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Prefilled:
+    """All prompts of one API call, in the order in which the application asked for them."""
+
+    prompts: tuple[ComputedPrompt, ...]
+    engine_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class KvSource:
+    """Blocks of one prompt in another worker's arena, verified (MAC, tenant, fingerprint) by the worker.
+
+    `generations`: one per slot, for ArenaReader.check; a slot with another generation has been freed since.
+    """
+
+    ticket_id: str
+    prompt_digest: bytes
+    num_tokens: int
+    slots: tuple[int, ...]
+    digests: tuple[bytes, ...]
+    slot_bytes: int
+    socket_path: str
+    incarnation: str
+    first_token_ids: tuple[int, ...]
+    num_cached_tokens: int = 0
+    generations: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLoad:
+    """A snapshot of the engine, cheap enough to take four times a second.
+
+    `step` counts engine steps since start. `is_alive` False: the engine died and will not come back.
+    """
+
+    step: int
+    num_running: int
+    num_waiting: int
+    num_queued_tokens: int
+    num_free_blocks: int
+    num_blocks: int
+    is_alive: bool = True
+
+
+class Engine(ABC):
+    """One model, one engine. All methods run on one event loop; `prefill` and `generate` are safe concurrently."""
+
+    @abstractmethod
+    async def start(self) -> EngineInfo:
+        """Load the model. After this returns the engine must be able to compute. Raises InferfluxError."""
+
+    @abstractmethod
+    async def check_numerics(self) -> None:
+        """Compare fixed prompts with the model's reference. Raises NumericsMismatch."""
+
+    @abstractmethod
+    async def prefill(self, context: RequestContext, call: HttpCall) -> Prefilled | HttpAnswer:
+        """Compute all prompts of `call`, publish their blocks, sample one token each.
+
+        Returns HttpAnswer when the application answered without computing (a bad request). On cancellation and on
+        every error all slots are free again.
+        """
+
+    @abstractmethod
+    def generate(
+        self,
+        context: RequestContext,
+        call: HttpCall,
+        sources: Sequence[KvSource] = (),
+        delivered: Sequence[ChoiceTokens] = (),
+    ) -> AsyncGenerator[Frame]:
+        """Answer `call`, reading the blocks of `sources` instead of computing their prompts.
+
+        Also serves calls that do not generate (tokenize...). Yields frames as inferflux.types.Frame describes. A source
+        whose blocks can't be used is reported in `Frame.kv` as recomputed and the prompt is computed here. The caller
+        closes the generator.
+        """
+
+    @abstractmethod
+    def load(self) -> EngineLoad:
+        """Current load."""
+
+    @abstractmethod
+    async def close(self) -> None:
+        """Stop the engine and its processes. Idempotent."""

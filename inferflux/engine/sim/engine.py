@@ -1,0 +1,231 @@
+"""The Engine contract over the simulated scheduler and application."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from hashlib import sha256
+
+from inferflux.engine import reference
+from inferflux.engine.base import ComputedPrompt, Engine, EngineInfo, EngineLoad, KvSource, Prefilled, PublishedKv
+from inferflux.engine.options import EngineOptions
+from inferflux.engine.sim import profile as profiles
+from inferflux.engine.sim.api import CAPABILITIES, App, Plan
+from inferflux.engine.sim.blocks import BlockPool
+from inferflux.engine.sim.hydration import Hydrator
+from inferflux.engine.sim.kv import KvCache, chain
+from inferflux.engine.sim.response import Inbox, Response
+from inferflux.engine.sim.scheduler import Scheduler
+from inferflux.engine.sim.sequence import Choice, Emitted, Event, Job, Sampling, StopGuard
+from inferflux.errors import ArenaFull, ConfigError, NumericsMismatch
+from inferflux.kv.arena import Arena
+from inferflux.kv.digests import block_digest, prompt_digest
+from inferflux.types import ChoiceTokens, End, Frame, HttpAnswer, HttpCall, KvReport, ModelFingerprint, RequestContext
+
+LAYOUT = "sim-1"
+
+
+class SimEngine(Engine):
+    """Deterministic: what a call yields depends on the model's name, the tenant's salt and the call, nothing else."""
+
+    def __init__(self, options: EngineOptions, arena: Arena | None) -> None:
+        self._options = options
+        self._arena = arena
+        profile = profiles.load(options.sim_profile)
+        self._profile = replace(profile, block_size=options.block_size or profile.block_size)
+        self._max_model_len = options.max_model_len or profile.max_model_len
+        self._fingerprint = _fingerprint(options, self._profile.block_size)
+        self._key = sha256(repr(self._fingerprint).encode()).digest()
+        num_blocks = options.kv_cache_bytes // profile.slot_bytes
+        if num_blocks < 1:
+            raise ConfigError(f"kv_cache_bytes: {options.kv_cache_bytes} is less than a block of {profile.slot_bytes}")
+        self._pool = BlockPool(num_blocks)
+        self._kv = KvCache(num_blocks, self._profile.block_size, profile.slot_bytes, self._key)
+        self._hydrator = Hydrator(self._kv, self._profile.block_size, profile.slot_bytes)
+        self._scheduler = Scheduler(self._profile, self._pool, self._kv, self._hydrator, options.max_num_seqs)
+        self._app = App(options.model, min(self._max_model_len, num_blocks * self._profile.block_size))
+        self._steps: asyncio.Task[None] | None = None
+
+    async def start(self) -> EngineInfo:
+        if self._arena is not None:
+            self._arena.format(self._profile.slot_bytes)
+        self._steps = asyncio.create_task(self._scheduler.run(), name="sim-engine")
+        return EngineInfo(
+            name="sim",
+            model=self._options.model,
+            fingerprint=self._fingerprint,
+            max_model_len=self._max_model_len,
+            max_num_seqs=self._options.max_num_seqs,
+            slot_bytes=self._profile.slot_bytes,
+            capabilities=CAPABILITIES,
+        )
+
+    async def check_numerics(self) -> None:
+        if self._options.numerics_reference is None:
+            return
+        wanted = reference.load(self._options.numerics_reference)
+        how = Sampling(max_tokens=len(wanted.greedy_ids), temperature=0)
+        inbox = Inbox()
+        tokens = await self._run([self._job(RequestContext("numerics"), inbox, wanted.prompt_token_ids, how, 0)], inbox)
+        if tokens != wanted.greedy_ids:
+            raise NumericsMismatch(f"greedy tokens are {list(tokens)}, the reference says {list(wanted.greedy_ids)}")
+
+    async def prefill(self, context: RequestContext, call: HttpCall) -> Prefilled | HttpAnswer:
+        started_at = time.perf_counter()
+        plan = self._app.read(call, context.request_id)
+        if isinstance(plan, HttpAnswer):
+            return plan
+        inbox, n = Inbox(), plan.sampling.n
+        how = replace(plan.sampling, max_tokens=1, n=1, stop=())
+        jobs = [self._job(context, inbox, prompt, how, i * n) for i, prompt in enumerate(plan.prompts)]
+        for job in jobs:
+            job.publish = self._publish
+        try:
+            await self._run(jobs, inbox)
+        except BaseException:
+            self._unpublish(jobs)
+            raise
+        return Prefilled(tuple(map(_computed, jobs)), time.perf_counter() - started_at)
+
+    async def generate(
+        self,
+        context: RequestContext,
+        call: HttpCall,
+        sources: Sequence[KvSource] = (),
+        delivered: Sequence[ChoiceTokens] = (),
+    ) -> AsyncGenerator[Frame]:
+        plan = self._app.read(call, context.request_id)
+        if isinstance(plan, HttpAnswer):
+            yield Frame(plan.head, plan.body, kv=_unneeded(sources), end=End())
+            return
+        inbox = Inbox()
+        jobs = self._jobs(context, inbox, plan, delivered)
+        spare = _assign(sources, jobs)
+        response = Response(plan, jobs)
+        try:
+            self._submit(jobs)
+            if frame := response.opening(_unneeded(spare)):
+                yield frame
+            while not response.is_complete:
+                if frame := response.frame(await inbox.take()):
+                    yield frame
+        finally:
+            self._abort(jobs)
+
+    def load(self) -> EngineLoad:
+        scheduler, pool = self._scheduler, self._pool
+        return EngineLoad(
+            step=scheduler.step,
+            num_running=scheduler.num_running,
+            num_waiting=scheduler.num_waiting,
+            num_queued_tokens=scheduler.num_queued_tokens,
+            num_free_blocks=pool.num_free,
+            num_blocks=pool.num_blocks,
+            is_alive=scheduler.is_alive,
+        )
+
+    async def close(self) -> None:
+        if self._steps is not None:
+            self._steps.cancel()
+            with suppress(asyncio.CancelledError, Exception):
+                await self._steps
+        self._hydrator.close()
+
+    # Jobs
+
+    def _jobs(
+        self, context: RequestContext, inbox: Inbox, plan: Plan, delivered: Sequence[ChoiceTokens]
+    ) -> list[Job]:
+        how = plan.sampling
+        jobs = [self._job(context, inbox, prompt, how, i * how.n) for i, prompt in enumerate(plan.prompts)]
+        output = {tokens.index: tokens.token_ids for tokens in delivered}
+        for job in jobs:
+            for choice in job.choices:
+                choice.resume(output.get(choice.index, ()), job.limit)
+        return jobs
+
+    def _job(
+        self, context: RequestContext, inbox: Inbox, prompt: tuple[int, ...], how: Sampling, first_index: int
+    ) -> Job:
+        room = self._max_model_len - len(prompt)
+        indexes = range(first_index, first_index + how.n)
+        return Job(
+            prompt=prompt,
+            hashes=chain(self._key, context.cache_salt, prompt),
+            choices=[Choice(i, how.key(i), StopGuard(how.stop), list(prompt)) for i in indexes],
+            limit=min(how.max_tokens or room, room),
+            natural_end=self._profile.natural_tokens if how.max_tokens is None and not how.ignore_eos else None,
+            may_stop=bool(how.stop),
+            priority=context.priority,
+            emit=inbox.put,
+        )
+
+    def _submit(self, jobs: Iterable[Job]) -> None:
+        for job in jobs:
+            self._scheduler.submit(job)
+
+    def _abort(self, jobs: Iterable[Job]) -> None:
+        for job in jobs:
+            self._scheduler.abort(job)
+
+    async def _run(self, jobs: Sequence[Job], inbox: Inbox) -> tuple[int, ...]:
+        """Run jobs to their end without a response and return their tokens."""
+        events: list[Event] = []
+        try:
+            self._submit(jobs)
+            while not all(job.is_finished for job in jobs):
+                events += await inbox.take()
+        finally:
+            self._abort(jobs)
+        return tuple(token_id for event in events if isinstance(event, Emitted) for token_id in event.token_ids)
+
+    # The arena
+
+    def _publish(self, blocks: Sequence[int], num_tokens: int) -> PublishedKv | None:
+        """Copy blocks into the arena; None when it has no room: then decode computes the prompt itself."""
+        if self._arena is None:
+            return None
+        try:
+            slots = self._arena.allocate(len(blocks))
+        except ArenaFull:
+            return None
+        views = [self._arena.slot(slot) for slot in slots]
+        for view, block in zip(views, blocks, strict=True):
+            view[:] = self._kv.block(block)
+        digests = tuple(block_digest((view,)) for view in views)
+        self._arena.publish(slots)
+        return PublishedKv(slots, digests, num_tokens)
+
+    def _unpublish(self, jobs: Iterable[Job]) -> None:
+        for job in jobs:
+            if job.published is not None and self._arena is not None:
+                self._arena.free(job.published.slots)
+                job.published = None
+
+
+def _fingerprint(options: EngineOptions, block_size: int) -> ModelFingerprint:
+    weights = sha256(f"inferflux-sim/{options.model}".encode()).hexdigest()
+    return ModelFingerprint(weights, "float32" if options.dtype == "auto" else options.dtype, LAYOUT, block_size)
+
+
+def _computed(job: Job) -> ComputedPrompt:
+    output = tuple(job.choices[0].tokens[len(job.prompt) :])
+    return ComputedPrompt(prompt_digest(job.prompt), len(job.prompt), output, job.published)
+
+
+def _assign(sources: Sequence[KvSource], jobs: Sequence[Job]) -> list[KvSource]:
+    """Give each job the source of its prompt; return the sources that no job wants."""
+    spare = list(sources)
+    for job in jobs:
+        digest = prompt_digest(job.prompt)
+        job.source = next((source for source in spare if source.prompt_digest == digest), None)
+        if job.source is not None:
+            spare.remove(job.source)
+    return spare
+
+
+def _unneeded(sources: Iterable[KvSource]) -> tuple[KvReport, ...]:
+    return tuple(KvReport(source.ticket_id, "unneeded") for source in sources)

@@ -1,0 +1,90 @@
+"""Reading another worker's blocks into the paged cache, in threads, off the engine's critical path."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from inferflux.engine.base import KvSource
+from inferflux.engine.sim.kv import KvCache
+from inferflux.errors import KvDigestMismatch, KvError, KvIncompatible
+from inferflux.kv import shm
+from inferflux.kv.arena import ArenaReader
+from inferflux.kv.digests import block_digest
+from inferflux.types import KvReport
+
+FETCH_TIMEOUT_S = 1.0
+NUM_THREADS = 2
+
+
+class Hydrator:
+    """Copies blocks and checks the copies: what lies in the arena may change between a check and a copy."""
+
+    def __init__(self, kv: KvCache, block_size: int, slot_bytes: int) -> None:
+        self._kv = kv
+        self._block_size = block_size
+        self._slot_bytes = slot_bytes
+        self._threads = ThreadPoolExecutor(NUM_THREADS, "hydrate")
+        self._readers: dict[str, tuple[str, ArenaReader]] = {}
+
+    async def load(
+        self, source: KvSource, prompt: Sequence[int], blocks: Sequence[int], first: int, on_abandoned: Callable[[], None]
+    ) -> KvReport:
+        """Copy all blocks of the prompt from `first` on into `blocks`; never raises a KvError.
+
+        When the caller is cancelled the copy runs to its end and then calls `on_abandoned`: the blocks are in use
+        until then.
+        """
+        copying = asyncio.get_running_loop().run_in_executor(
+            self._threads, self._load, source, len(prompt), tuple(blocks), first
+        )
+        try:
+            return await asyncio.shield(copying)
+        except asyncio.CancelledError:
+            copying.add_done_callback(lambda done: (done.exception(), on_abandoned()))
+            raise
+
+    def close(self) -> None:
+        """Wait for the copies that run and forget all arenas. Idempotent."""
+        self._threads.shutdown(wait=True)
+        self._readers.clear()
+
+    def _load(self, source: KvSource, num_tokens: int, blocks: tuple[int, ...], first: int) -> KvReport:
+        started_at = time.perf_counter()
+        try:
+            num_bytes = self._copy(source, num_tokens, blocks, first)
+        except KvError as e:
+            return KvReport(source.ticket_id, "recomputed", e.kv_reason)
+        return KvReport(source.ticket_id, "committed", "", num_bytes, time.perf_counter() - started_at)
+
+    def _copy(self, source: KvSource, num_tokens: int, blocks: tuple[int, ...], first: int) -> int:
+        num_blocks = -(-num_tokens // self._block_size)
+        shape = (source.num_tokens, source.slot_bytes, len(source.slots), len(source.digests))
+        if shape != (num_tokens, self._slot_bytes, num_blocks, num_blocks):
+            raise KvIncompatible(f"ticket {source.ticket_id} does not describe {num_blocks} blocks of this engine")
+        reader = self._reader(source)
+        for i in range(first, num_blocks):
+            self._copy_block(reader, source, i, blocks[i])
+        return (num_blocks - first) * self._slot_bytes
+
+    def _copy_block(self, reader: ArenaReader, source: KvSource, i: int, block: int) -> None:
+        try:
+            slot = reader.slot(source.slots[i])
+        except IndexError as e:
+            raise KvIncompatible(f"ticket {source.ticket_id} names slots beyond the arena") from e
+        target = self._kv.block(block)
+        target[:] = slot
+        if block_digest((target,)) != source.digests[i]:
+            raise KvDigestMismatch(f"block {i} of ticket {source.ticket_id} is not what was published")
+
+    def _reader(self, source: KvSource) -> ArenaReader:
+        """The arena's mapping, kept as long as the producer does not start anew."""
+        incarnation, reader = self._readers.get(source.socket_path, ("", None))
+        if reader is None or incarnation != source.incarnation:
+            reader = shm.fetch(source.socket_path, source.incarnation, FETCH_TIMEOUT_S)
+            self._readers[source.socket_path] = source.incarnation, reader
+        if reader.slot_bytes != self._slot_bytes:
+            raise KvIncompatible(f"the arena has slots of {reader.slot_bytes} bytes, not {self._slot_bytes}")
+        return reader

@@ -1,0 +1,210 @@
+"""The step loop: all running sequences advance together, one token each, as in a real engine.
+
+A job waits until all blocks it may ever need are free, so nothing is preempted; then its prompt comes from the prefix
+cache, from another worker (`hydration`) or is computed in its first step. Blocks have one owner: the waiting list owns
+none, a loading or running job owns its own, and each way out (`_finish`, `abort`, `_fail`) drops them once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from bisect import insort
+
+from inferflux.engine.sim.blocks import BlockPool
+from inferflux.engine.sim.hydration import Hydrator
+from inferflux.engine.sim.kv import KvCache
+from inferflux.engine.sim.profile import SimProfile
+from inferflux.engine.sim.sequence import Choice, Job
+from inferflux.errors import Internal, WorkerLost
+from inferflux.types import KvReport
+
+logger = logging.getLogger(__name__)
+
+
+class Scheduler:
+    """Runs jobs. Everything but the copying of blocks happens on one event loop."""
+
+    def __init__(self, profile: SimProfile, pool: BlockPool, kv: KvCache, hydrator: Hydrator, max_num_seqs: int) -> None:
+        self._profile = profile
+        self._pool = pool
+        self._kv = kv
+        self._hydrator = hydrator
+        self._max_num_seqs = max_num_seqs
+        self._waiting: list[Job] = []
+        self._loading: dict[Job, asyncio.Task[None]] = {}
+        self._running: list[Job] = []
+        self._wake = asyncio.Event()
+        self.step = 0
+        self.is_alive = True
+
+    @property
+    def num_running(self) -> int:
+        return sum(len(job.choices) for job in self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting) + len(self._loading)
+
+    @property
+    def num_queued_tokens(self) -> int:
+        return sum(job.num_uncomputed for jobs in (self._waiting, self._loading, self._running) for job in jobs)
+
+    def submit(self, job: Job) -> None:
+        """Queue a job; lower priority first, then first come, first served."""
+        if not self.is_alive:
+            raise WorkerLost("the engine is dead")
+        job.early = job.early_token
+        if job.early is not None:
+            job.add(job.choices[0], job.early)
+        insort(self._waiting, job, key=lambda waiting: waiting.priority)
+        self._wake.set()
+
+    def abort(self, job: Job) -> None:
+        """Stop a job and free its blocks (after the copy that may run). Idempotent; finished jobs are ignored."""
+        if job in self._loading:
+            self._loading.pop(job).cancel()
+        elif job in self._running:
+            self._running.remove(job)
+            self._drop(job)
+        elif job in self._waiting:
+            self._waiting.remove(job)
+        self._wake.set()
+
+    async def run(self) -> None:
+        """Step for ever. Ends by cancellation, or by a bug: then every job fails and the engine is dead."""
+        try:
+            while True:
+                await self._step()
+        except Exception:
+            logger.exception("the sim engine's step loop failed")
+            raise
+        finally:
+            self.is_alive = False
+            self._fail_all()
+
+    async def _step(self) -> None:
+        self._admit()
+        if not self._running:
+            self._wake.clear()
+            await self._wake.wait()
+            return
+        num_prompt_tokens = sum(job.num_uncomputed for job in self._running)
+        await asyncio.sleep(self._profile.step_s(self.num_running, num_prompt_tokens))
+        for job in tuple(self._running):
+            self._advance(job)
+        self.step += 1
+
+    # Admission
+
+    def _admit(self) -> None:
+        while self._waiting and self._allocate(self._waiting[0]):
+            job = self._waiting.pop(0)
+            if job.source is not None and job.num_uncomputed:
+                self._loading[job] = asyncio.create_task(self._load(job), name="hydrate")
+            else:
+                self._start(job)
+
+    def _allocate(self, job: Job) -> bool:
+        """Give a job all blocks it may need: cached ones, one set for its prompt, and each choice's own."""
+        num_seqs = self.num_running + sum(len(loading.choices) for loading in self._loading)
+        size = self._profile.block_size
+        num_full, num_total = len(job.prompt) // size, -(-(len(job.prompt) + job.limit) // size)
+        cached = self._pool.find(job.hashes[size - 1 :: size])
+        num_others = len(job.choices) - 1
+        num_new = num_total - len(cached) + num_others * (num_total - num_full)
+        if num_seqs + len(job.choices) > self._max_num_seqs or not self._pool.can_take(num_new, cached):
+            return False
+        self._pool.share(cached)
+        first, *others = job.choices
+        first.blocks = cached + self._pool.take(num_total - len(cached))
+        for choice in others:
+            self._pool.share(first.blocks[:num_full])
+            choice.blocks = first.blocks[:num_full] + self._pool.take(num_total - num_full)
+        first.num_computed = job.num_cached = len(cached) * size
+        return True
+
+    async def _load(self, job: Job) -> None:
+        assert job.source is not None  # noqa: S101 - for mypy: only jobs with a source are loaded
+        blocks, first = job.choices[0].blocks, job.num_cached // self._profile.block_size
+        report = await self._hydrator.load(job.source, job.prompt, blocks, first, lambda: self._abandon(job))
+        del self._loading[job]
+        if report.result == "committed":
+            job.choices[0].num_computed = len(job.prompt)
+        self._start(job, report)
+        self._wake.set()
+
+    def _start(self, job: Job, report: KvReport | None = None) -> None:
+        if job.source is not None:
+            job.emit(report or KvReport(job.source.ticket_id, "unneeded"))
+        self._running.append(job)
+
+    def _abandon(self, job: Job) -> None:
+        self._drop(job)
+        self._wake.set()
+
+    # One job's step
+
+    def _advance(self, job: Job) -> None:
+        if not job.is_computed:
+            self._compute_prompt(job)
+            if job.early is not None and job.early != self._sample(job, job.choices[0], len(job.prompt)):
+                self._fail(job, Internal("prefill's first token does not follow from its KV"))
+                return
+        for choice in job.choices:
+            if not choice.finish_reason:
+                self._advance_choice(job, choice)
+        if job.is_finished:
+            self._running.remove(job)
+            self._drop(job)
+
+    def _compute_prompt(self, job: Job) -> None:
+        """Write what of the prompt's KV is missing, publish it, and give every choice its own last block."""
+        first, *others = job.choices
+        size, num_tokens = self._profile.block_size, len(job.prompt)
+        num_full = num_tokens // size
+        if first.num_computed < num_tokens and num_tokens % size:
+            # A published block must not end with what its last holder, maybe another tenant, left in it.
+            self._kv.clear(first.blocks[num_full])
+        self._kv.write(first.blocks, first.num_computed, job.hashes[first.num_computed :])
+        for i in range(num_full):
+            self._pool.register(first.blocks[i], self._kv.hash_at(first.blocks, (i + 1) * size - 1))
+        job.digest = self._kv.digest(first.blocks, num_tokens)
+        for choice in others:
+            if num_tokens % size:
+                self._kv.copy(first.blocks[num_full], choice.blocks[num_full])
+        for choice in job.choices:
+            choice.num_computed = num_tokens
+        if job.publish is not None:
+            job.published = job.publish(first.blocks[: -(-num_tokens // size)], num_tokens)
+        job.is_computed = True
+
+    def _advance_choice(self, job: Job, choice: Choice) -> None:
+        for position in range(choice.num_computed, len(choice.tokens)):
+            self._compute_output(choice, position)
+        job.add(choice, self._sample(job, choice, len(choice.tokens)))
+
+    def _compute_output(self, choice: Choice, position: int) -> None:
+        self._kv.append(choice.blocks, position, choice.tokens[position])
+        choice.num_computed = position + 1
+        if choice.num_computed % self._profile.block_size == 0:
+            block = choice.blocks[position // self._profile.block_size]
+            self._pool.register(block, self._kv.hash_at(choice.blocks, position))
+
+    def _sample(self, job: Job, choice: Choice, num_tokens: int) -> int:
+        return self._kv.sample(choice.blocks, num_tokens, job.digest, choice.sampling_key)
+
+    # Ends
+
+    def _drop(self, job: Job) -> None:
+        for choice in job.choices:
+            self._pool.drop(choice.blocks)
+            choice.blocks = []
+
+    def _fail(self, job: Job, error: Exception) -> None:
+        self.abort(job)
+        job.emit(error)
+
+    def _fail_all(self) -> None:
+        for job in (*self._waiting, *self._loading, *self._running):
+            self._fail(job, WorkerLost("the engine is dead"))

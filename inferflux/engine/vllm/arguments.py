@@ -1,0 +1,69 @@
+"""From our options to vLLM's arguments: the one mapping."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from argparse import Namespace
+
+    from inferflux.engine.options import EngineOptions
+
+CONNECTOR = "ArenaConnector"
+CONNECTOR_MODULE = "inferflux.engine.vllm.connector"
+
+
+def set_environment(options: EngineOptions) -> None:
+    """Set what vLLM and torch read from the environment. Call before either is imported.
+
+    Threads are explicit and processes pinned by us: with vLLM's own binding an engine with a KV connector gets another
+    thread count than one without, and bf16 results differ. Nothing may look at model hubs: the directory is local.
+    """
+    os.environ.update(
+        OMP_NUM_THREADS=str(options.threads),
+        VLLM_CPU_OMP_THREADS_BIND="nobind",
+        HF_HUB_OFFLINE="1",
+        TRANSFORMERS_OFFLINE="1",
+        VLLM_NO_USAGE_STATS="1",
+        VLLM_DO_NOT_TRACK="1",
+        VLLM_PLUGINS="inferflux",
+    )
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+
+
+def server_arguments(options: EngineOptions, dtype: str, arena_fd: int | None, reports_fd: int) -> Namespace:
+    """The arguments `vllm serve` would have parsed."""
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args  # noqa: PLC0415
+    from vllm.utils.argparse_utils import FlexibleArgumentParser  # noqa: PLC0415
+
+    args = make_arg_parser(FlexibleArgumentParser()).parse_args(_command_line(options, dtype))
+    args.kv_transfer_config = _transfer_config(arena_fd, reports_fd)
+    validate_parsed_serve_args(args)
+    return args
+
+
+def _command_line(options: EngineOptions, dtype: str) -> list[str]:
+    line = ["--model", str(options.model_dir), "--served-model-name", options.model, "--dtype", dtype]
+    # Eager: compiled mode computes wrong text on some CPUs and takes a minute to start.
+    line += ["--enforce-eager", "--enable-prefix-caching", "--kv-cache-memory-bytes", str(options.kv_cache_bytes)]
+    line += ["--max-num-seqs", str(options.max_num_seqs), "--distributed-executor-backend", "uni"]
+    line += ["--enable-auto-tool-choice", "--tool-call-parser", "hermes", "--enable-prompt-tokens-details"]
+    line += ["--disable-uvicorn-access-log", "--scheduling-policy", "priority"]
+    if options.max_model_len:
+        line += ["--max-model-len", str(options.max_model_len)]
+    if options.block_size:
+        line += ["--block-size", str(options.block_size)]
+    return line
+
+
+def _transfer_config(arena_fd: int | None, reports_fd: int) -> Any:
+    from vllm.config import KVTransferConfig  # noqa: PLC0415
+
+    return KVTransferConfig(
+        kv_connector=CONNECTOR,
+        kv_connector_module_path=CONNECTOR_MODULE,
+        kv_role="kv_consumer" if arena_fd is None else "kv_producer",
+        kv_load_failure_policy="recompute",
+        kv_connector_extra_config={"arena_fd": arena_fd, "reports_fd": reports_fd},
+    )

@@ -1,0 +1,322 @@
+"""VllmEngine: the engine contract on vLLM's application, client and connector."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import time
+from typing import TYPE_CHECKING, Any
+
+from inferflux.engine.base import ComputedPrompt, Engine, EngineInfo, EngineLoad, KvSource, Prefilled
+from inferflux.engine.options import auto_dtype
+from inferflux.engine.reference import load as load_reference
+from inferflux.engine.vllm.arguments import server_arguments, set_environment
+from inferflux.engine.vllm.transfer import Report
+from inferflux.errors import ConfigError, Internal, NumericsMismatch, Unavailable, WorkerLost
+from inferflux.types import End, ErrorDetail, Frame, HttpAnswer, KvReport, ModelFingerprint, RequestContext
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Sequence
+
+    from inferflux.engine.options import EngineOptions
+    from inferflux.engine.vllm.llm import DecodePhase, TicketLLM
+    from inferflux.kv.arena import Arena
+    from inferflux.types import ChoiceTokens, HttpCall
+
+
+class VllmEngine(Engine):
+    """One vLLM engine core (a forked child) and the application around it."""
+
+    def __init__(self, options: EngineOptions, arena: Arena | None) -> None:
+        if options.model_dir is None:
+            raise ConfigError("model_dir: the vllm engine needs the model's directory, got none")
+        self._options = options
+        self._arena = arena
+        self._dtype = auto_dtype() if options.dtype == "auto" else options.dtype
+        self._reports = ReportPipe()
+        self._meter = StepMeter()
+        self._started: TicketLLM | None = None
+        self._app: Any = None
+
+    async def start(self) -> EngineInfo:
+        """Fork the engine core and build the application. Call before any thread or gRPC object exists."""
+        set_environment(self._options)
+        from vllm.engine.arg_utils import AsyncEngineArgs  # noqa: PLC0415
+
+        from inferflux.engine.vllm import plugin  # noqa: PLC0415
+        from inferflux.engine.vllm.llm import TicketLLM  # noqa: PLC0415
+
+        plugin.register()
+        plugin.fork_engine_on(self._options.cpu_cores)
+        arena_fd = self._arena.fd if self._arena is not None else None
+        args = server_arguments(self._options, self._dtype, arena_fd, self._reports.write_fd)
+        engine_args = AsyncEngineArgs.from_cli_args(args)
+        self._started = TicketLLM.from_engine_args(engine_args, stat_loggers=[self._meter.logger()])
+        await self._build_app(args)
+        self._reports.listen()
+        return self._info()
+
+    @property
+    def _llm(self) -> TicketLLM:
+        if self._started is None:
+            raise Unavailable(f"the engine of model {self._options.model} is not running")
+        return self._started
+
+    async def _build_app(self, args: Any) -> None:
+        from vllm.entrypoints.launchers.api_server.app_state import init_app_state  # noqa: PLC0415
+        from vllm.entrypoints.launchers.app import build_app  # noqa: PLC0415
+
+        tasks = await self._llm.get_supported_tasks()
+        self._app = build_app(args, tasks)
+        await init_app_state(self._llm, self._app.state, args, tasks)
+
+    def _info(self) -> EngineInfo:
+        config = self._llm.vllm_config
+        self._meter.num_blocks = config.cache_config.num_gpu_blocks or 0
+        return EngineInfo(
+            name="vllm",
+            model=self._options.model,
+            fingerprint=self._fingerprint(),
+            max_model_len=config.model_config.max_model_len,
+            max_num_seqs=config.scheduler_config.max_num_seqs,
+            slot_bytes=self._arena.slot_bytes if self._arena is not None else 0,
+            capabilities=("chat", "completion", "responses", "messages", "tools", "json_schema", "logprobs"),
+        )
+
+    def _fingerprint(self) -> ModelFingerprint:
+        import vllm  # noqa: PLC0415
+
+        config = self._llm.vllm_config
+        return ModelFingerprint(
+            weights_digest=self._options.model_digest,
+            dtype=self._dtype,
+            layout=f"vllm-{vllm.__version__}/{_packing(config)}",
+            block_size=config.cache_config.block_size,
+            tensor_parallel=config.parallel_config.tensor_parallel_size,
+        )
+
+    async def check_numerics(self) -> None:
+        """Compare with the reference file. Without one the engine's word is not taken."""
+        from inferflux.engine.vllm import numerics  # noqa: PLC0415
+
+        if self._options.numerics_reference is None:
+            raise NumericsMismatch(f"numerics: no reference for model {self._options.model}; make one with inferctl")
+        await numerics.check(self._llm, load_reference(self._options.numerics_reference), self._dtype)
+
+    async def prefill(self, context: RequestContext, call: HttpCall) -> Prefilled | HttpAnswer:
+        """See Engine.prefill. The application's answer counts only if it never got as far as the engine."""
+        from inferflux.engine.vllm.application import answer  # noqa: PLC0415
+        from inferflux.engine.vllm.llm import PHASE, PrefillPhase  # noqa: PLC0415
+
+        phase = PrefillPhase(context.cache_salt, context.priority, self._arena)
+        PHASE.set(phase)
+        start, response = time.monotonic(), None
+        try:
+            # One token is not always what the application can format (tool calls, documents): its complaint is void.
+            with contextlib.suppress(Exception):
+                response = await answer(self._app, call, context.request_id)
+            self._raise_if_dead()
+        except BaseException:
+            self._free(phase.prompts)
+            raise
+        if phase.prompts:
+            return Prefilled(tuple(phase.prompts), time.monotonic() - start)
+        if response is None:
+            raise Internal("the application failed before it asked for a prompt")
+        return response
+
+    def _free(self, prompts: Sequence[ComputedPrompt]) -> None:
+        for prompt in prompts:
+            if prompt.kv is not None and self._arena is not None:
+                self._arena.free(prompt.kv.slots)
+
+    async def generate(
+        self,
+        context: RequestContext,
+        call: HttpCall,
+        sources: Sequence[KvSource] = (),
+        delivered: Sequence[ChoiceTokens] = (),
+    ) -> AsyncGenerator[Frame]:
+        """See Engine.generate."""
+        from inferflux.engine.vllm.application import Exchange  # noqa: PLC0415
+        from inferflux.engine.vllm.llm import PHASE, DecodePhase  # noqa: PLC0415
+
+        phase = DecodePhase(context.cache_salt, context.priority, sources)
+        PHASE.set(phase)
+        exchange = Exchange(self._app, call, context.request_id)
+        with self._reports.watch(sources, phase.num_loads, exchange.wake) as reports:
+            async with contextlib.aclosing(exchange.messages()) as messages:
+                async for message in messages:
+                    frame = _frame(message, phase, reports.take())
+                    if frame is not None:
+                        yield frame
+            yield Frame(kv=reports.rest(), choices=phase.take_tokens(), end=self._end(phase))
+
+    def _end(self, phase: DecodePhase) -> End:
+        error = None
+        if self._llm.errored:
+            error = ErrorDetail(WorkerLost.reason, "the worker's engine died", WorkerLost.http_status, True)
+        elif phase.has_failed:
+            error = ErrorDetail("ENGINE_ERROR", "the engine could not finish the request", 500, True)
+        return End(phase.finish_reason, phase.usage, error)
+
+    def _raise_if_dead(self) -> None:
+        if self._llm.errored:
+            raise WorkerLost("the worker's engine died")
+
+    def load(self) -> EngineLoad:
+        """See Engine.load; numbers are those of the engine's last step."""
+        return self._meter.load(is_alive=self._started is not None and not self._started.errored)
+
+    async def close(self) -> None:
+        """See Engine.close."""
+        if self._started is not None:
+            self._started.shutdown()
+            self._started = None
+        self._reports.close()
+
+
+def _packing(config: Any) -> str:
+    """What the bytes of a block depend on besides shape and type: the instruction set on CPU, the device elsewhere."""
+    from vllm.platforms import current_platform  # noqa: PLC0415
+
+    if not current_platform.is_cpu():
+        return str(current_platform.get_device_name())
+    from vllm.v1.attention.backends.cpu_attn import _get_attn_isa  # noqa: PLC0415
+
+    model, block_size = config.model_config, config.cache_config.block_size
+    isa = _get_attn_isa(model.dtype, block_size, model.get_head_size())
+    return f"{current_platform.get_cpu_architecture().name.lower()}-{isa}"
+
+
+def _frame(message: Any, phase: DecodePhase, kv: tuple[KvReport, ...]) -> Frame | None:
+    """One ASGI message with the sideband that belongs to it; None when there is nothing to say."""
+    if message["type"] == "http.response.start":
+        from inferflux.engine.vllm.application import response_head  # noqa: PLC0415
+
+        return Frame(head=response_head(message), kv=kv)
+    data = message.get("body", b"")
+    if data:
+        return Frame(data=data, choices=phase.take_tokens(), kv=kv)
+    return Frame(kv=kv) if kv else None
+
+
+class ReportPipe:
+    """Transfer reports from the engine core, handed to the request that waits for them."""
+
+    def __init__(self) -> None:
+        self._read_fd, self.write_fd = os.pipe()
+        os.set_inheritable(self.write_fd, True)
+        os.set_blocking(self._read_fd, False)
+        self._buffer = b""
+        self._inboxes: dict[str, Inbox] = {}
+        self._is_listening = False
+
+    def listen(self) -> None:
+        """Start delivering on the running loop."""
+        asyncio.get_running_loop().add_reader(self._read_fd, self._deliver)
+        self._is_listening = True
+
+    def _deliver(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            self._buffer += os.read(self._read_fd, 65536)
+        *lines, self._buffer = self._buffer.split(b"\n")
+        for report in map(Report.parse, lines):
+            if inbox := self._inboxes.get(report.ticket_id):
+                inbox.put(report)
+
+    @contextlib.contextmanager
+    def watch(self, sources: Sequence[KvSource], num_loads: dict[str, int], wake: Any) -> Any:
+        """Collect the reports of one request's sources. `num_loads`: how many each will have (choices), live."""
+        inbox = Inbox(sources, num_loads, wake)
+        self._inboxes.update(dict.fromkeys((s.ticket_id for s in sources), inbox))
+        try:
+            yield inbox
+        finally:
+            for source in sources:
+                self._inboxes.pop(source.ticket_id, None)
+
+    def close(self) -> None:
+        if self._is_listening:
+            asyncio.get_running_loop().remove_reader(self._read_fd)
+            self._is_listening = False
+            os.close(self._read_fd)
+            os.close(self.write_fd)
+
+
+class Inbox:
+    """Reports of one request: one per ticket goes out, when all its choices have loaded."""
+
+    def __init__(self, sources: Sequence[KvSource], num_loads: dict[str, int], wake: Any) -> None:
+        self._open: dict[str, list[Report]] = {source.ticket_id: [] for source in sources}
+        self._num_loads = num_loads
+        self._wake = wake
+        self._done: list[KvReport] = []
+
+    def put(self, report: Report) -> None:
+        reports = self._open.get(report.ticket_id)
+        if reports is None:
+            return
+        reports.append(report)
+        if len(reports) >= self._num_loads.get(report.ticket_id, 1):
+            del self._open[report.ticket_id]
+            self._done.append(_merge(reports))
+            self._wake()
+
+    def take(self) -> tuple[KvReport, ...]:
+        """Reports that are complete."""
+        done, self._done = tuple(self._done), []
+        return done
+
+    def rest(self) -> tuple[KvReport, ...]:
+        """All that is left at the end: tickets nobody asked for count as unneeded."""
+        rest = [_merge(reports) if reports else KvReport(ticket, "unneeded") for ticket, reports in self._open.items()]
+        self._open.clear()
+        return self.take() + tuple(rest)
+
+
+def _merge(reports: list[Report]) -> KvReport:
+    """The worst result, all bytes, the longest time."""
+    worst = min(reports, key=lambda r: ("recomputed", "committed", "unneeded").index(r.result))
+    num_bytes = sum(r.num_bytes for r in reports)
+    return KvReport(worst.ticket_id, worst.result, worst.reason, num_bytes, max(r.transfer_s for r in reports))
+
+
+class StepMeter:
+    """vLLM's statistics, as far as a pulse needs them."""
+
+    def __init__(self) -> None:
+        self.num_blocks = 0
+        self._step = self._num_running = self._num_waiting = 0
+        self._usage = 0.0
+
+    def logger(self) -> Any:
+        """A stat logger factory for AsyncLLM."""
+        from vllm.v1.metrics.loggers import StatLoggerBase  # noqa: PLC0415
+
+        meter = self
+
+        class Logger(StatLoggerBase):
+            def __init__(self, vllm_config: Any, engine_index: int = 0) -> None: ...
+
+            def record(self, scheduler_stats: Any, *args: Any, **kwargs: Any) -> None:
+                if scheduler_stats is not None:
+                    meter.record(scheduler_stats)
+
+            def log_engine_initialized(self) -> None: ...
+
+        return Logger
+
+    def record(self, stats: Any) -> None:
+        """Called by vLLM after each engine step."""
+        self._step += 1
+        self._num_running = stats.num_running_reqs
+        self._num_waiting = stats.num_waiting_reqs + stats.num_skipped_waiting_reqs
+        self._usage = stats.kv_cache_usage
+
+    def load(self, *, is_alive: bool) -> EngineLoad:
+        num_free = round(self.num_blocks * (1 - self._usage))
+        return EngineLoad(
+            self._step, self._num_running, self._num_waiting, 0, num_free, self.num_blocks, is_alive=is_alive
+        )

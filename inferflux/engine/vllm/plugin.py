@@ -1,0 +1,102 @@
+"""Small corrections to vLLM, loaded in each of its processes (entry point `vllm.general_plugins`).
+
+Each is idempotent and guarded by the contract suite: when vLLM changes underneath, a test fails, not a user.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import multiprocessing
+import os
+import signal
+from multiprocessing.context import ForkContext, ForkProcess
+from typing import TYPE_CHECKING, Any
+
+from inferflux.engine.vllm.transfer import DELIVERED
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+PR_SET_PDEATHSIG = 1
+
+
+def register() -> None:
+    """Entry point: runs in the worker, in the engine core and in each rank."""
+    die_with_parent()
+    count_delivered_tokens_as_output()
+
+
+def die_with_parent() -> None:
+    """Ask the kernel to kill this child with its parent: vLLM leaves orphans when its frontend is killed."""
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent.pid:  # it died before prctl took effect
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def count_delivered_tokens_as_output() -> None:
+    """Let a request start with tokens that another worker has sampled.
+
+    They belong to the output (limits, penalties, stop conditions count them) though this engine did not sample them;
+    the scheduler computes their KV like that of a request resumed after preemption.
+    """
+    from vllm.v1 import request  # noqa: PLC0415
+    from vllm.v1.worker import gpu_model_runner  # noqa: PLC0415
+
+    if getattr(request.Request, "_inferflux", False):
+        return
+    init = request.Request.__init__
+
+    def init_with_delivered(self: Any, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **kwargs)
+        if delivered := delivered_tokens(self.sampling_params):
+            self.append_output_token_ids(list(delivered))
+
+    @dataclasses.dataclass
+    class CachedRequestState(gpu_model_runner.CachedRequestState):
+        output_token_ids: list[int]
+
+        def __post_init__(self) -> None:
+            super().__post_init__()
+            if not self.output_token_ids:
+                self.output_token_ids = list(delivered_tokens(self.sampling_params))
+
+    request.Request.__init__ = init_with_delivered
+    request.Request._inferflux = True  # noqa: SLF001
+    gpu_model_runner.CachedRequestState = CachedRequestState
+
+
+def delivered_tokens(sampling_params: Any) -> Sequence[int]:
+    """Tokens that the client of this engine marked as sampled elsewhere."""
+    extra_args = getattr(sampling_params, "extra_args", None)
+    return extra_args.get(DELIVERED, ()) if extra_args else ()
+
+
+class EngineProcess(ForkProcess):
+    """vLLM's engine core as a forked child: pinned to its cores, gone with its parent."""
+
+    cpu_cores: tuple[int, ...] = ()
+
+    def run(self) -> None:
+        die_with_parent()
+        if self.cpu_cores:
+            os.sched_setaffinity(0, self.cpu_cores)
+        super().run()
+
+
+def fork_engine_on(cpu_cores: tuple[int, ...]) -> None:
+    """Make vLLM fork its engine core instead of spawning it: no second import of torch, 10 s saved per start.
+
+    Only valid before threads exist in this process (gRPC, exporters).
+    """
+    from vllm.utils import system_utils  # noqa: PLC0415
+    from vllm.v1.engine import utils  # noqa: PLC0415
+    from vllm.v1.executor import multiproc_executor  # noqa: PLC0415
+
+    process = type("EngineProcess", (EngineProcess,), {"cpu_cores": cpu_cores})
+    context = type("EngineContext", (ForkContext,), {"Process": process})()
+    for module in (system_utils, utils, multiproc_executor):
+        module.get_mp_context = lambda: context

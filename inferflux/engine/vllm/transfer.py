@@ -1,0 +1,54 @@
+"""What travels through vLLM's `extra_args` and back: names and shapes both processes agree on.
+
+vLLM carries `kv_transfer_params` untouched from the client to the scheduler's connector and back with the finished
+output. `DELIVERED` holds tokens that were sampled elsewhere and count as output here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from inferflux.engine.base import KvSource
+
+PARAMS = "kv_transfer_params"
+PUBLISH = "publish"
+SOURCE = "source"
+SLOTS = "slots"
+CACHED = "remote_prefill_cached_tokens"  # vLLM's own name, in both directions
+DELIVERED = "inferflux_delivered"
+
+
+def source_to_params(source: KvSource) -> dict[str, Any]:
+    """Flatten for msgspec: plain types only."""
+    raw = {**asdict(source), "slots": list(source.slots), "digests": list(source.digests)}
+    return {SOURCE: raw, CACHED: source.num_cached_tokens}
+
+
+def source_from_params(params: dict[str, Any] | None) -> KvSource | None:
+    """Inverse of `source_to_params`; None when the request has no source."""
+    raw = (params or {}).get(SOURCE)
+    if raw is None:
+        return None
+    tuples = {name: tuple(raw[name]) for name in ("slots", "digests", "first_token_ids")}
+    return KvSource(**{**raw, **tuples})
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What became of a source; one JSON line in the pipe (well under PIPE_BUF, so lines never mix)."""
+
+    ticket_id: str
+    result: str
+    reason: str = ""
+    num_bytes: int = 0
+    transfer_s: float = 0.0
+
+    def send(self, fd: int) -> None:
+        os.write(fd, json.dumps(asdict(self)).encode() + b"\n")
+
+    @classmethod
+    def parse(cls, line: bytes) -> Report:
+        return cls(**json.loads(line))

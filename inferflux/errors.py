@@ -1,0 +1,162 @@
+"""The one exception tree. Each class carries what every border needs: reason, HTTP status, gRPC code, retryable.
+
+    InferfluxError
+    +-- InvalidRequest            400 INVALID_ARGUMENT
+    |   +-- BodyTooLarge          413
+    |   +-- HeadersTooLarge       431
+    |   +-- RequestTimeout        408
+    |       +-- SlowConsumer      408
+    +-- Unauthenticated           401 UNAUTHENTICATED
+    +-- PermissionDenied          403 PERMISSION_DENIED
+    +-- NotFound                  404 NOT_FOUND
+    |   +-- ModelNotFound         404
+    +-- Unavailable               503 UNAVAILABLE          retryable
+    |   +-- NoWorker              503                      retryable
+    |   +-- WorkerLost            503                      retryable
+    |   +-- Draining              503                      retryable
+    +-- DeadlineExceeded          504 DEADLINE_EXCEEDED
+    +-- Conflict                  409 ABORTED
+    +-- KvError                   500 FAILED_PRECONDITION  (never reaches a client: the prompt is computed again)
+    |   +-- TicketInvalid, TicketExpired, KvStale, KvDigestMismatch, KvIncompatible, KvUnreachable, ArenaFull
+    +-- NumericsMismatch          500 FAILED_PRECONDITION
+    +-- ConfigError               500 FAILED_PRECONDITION
+    +-- Internal                  500 INTERNAL
+
+Messages say what, which id, the limit and the actual value; never prompt text, never secrets.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import grpc
+
+
+class InferfluxError(Exception):
+    """Base of all errors that may cross a border. `message` is safe to show to the caller."""
+
+    reason: ClassVar[str] = "INTERNAL"
+    http_status: ClassVar[int] = 500
+    grpc_code: ClassVar[grpc.StatusCode] = grpc.StatusCode.INTERNAL
+    is_retryable: ClassVar[bool] = False
+
+    def __init__(self, message: str, *, retry_after_s: float | None = None, param: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.retry_after_s = retry_after_s
+        self.param = param
+
+
+class InvalidRequest(InferfluxError):
+    reason, http_status, grpc_code = "INVALID_REQUEST", 400, grpc.StatusCode.INVALID_ARGUMENT
+
+
+class BodyTooLarge(InvalidRequest):
+    reason, http_status = "BODY_TOO_LARGE", 413
+
+
+class HeadersTooLarge(InvalidRequest):
+    reason, http_status = "HEADERS_TOO_LARGE", 431
+
+
+class RequestTimeout(InvalidRequest):
+    reason, http_status, grpc_code = "REQUEST_TIMEOUT", 408, grpc.StatusCode.CANCELLED
+
+
+class SlowConsumer(RequestTimeout):
+    reason = "SLOW_CONSUMER"
+
+
+class Unauthenticated(InferfluxError):
+    reason, http_status, grpc_code = "UNAUTHENTICATED", 401, grpc.StatusCode.UNAUTHENTICATED
+
+
+class PermissionDenied(InferfluxError):
+    reason, http_status, grpc_code = "PERMISSION_DENIED", 403, grpc.StatusCode.PERMISSION_DENIED
+
+
+class NotFound(InferfluxError):
+    reason, http_status, grpc_code = "NOT_FOUND", 404, grpc.StatusCode.NOT_FOUND
+
+
+class ModelNotFound(NotFound):
+    reason = "MODEL_NOT_FOUND"
+
+
+class Unavailable(InferfluxError):
+    reason, http_status, grpc_code, is_retryable = "UNAVAILABLE", 503, grpc.StatusCode.UNAVAILABLE, True
+
+
+class NoWorker(Unavailable):
+    reason = "NO_WORKER"
+
+
+class WorkerLost(Unavailable):
+    reason = "WORKER_LOST"
+
+
+class Draining(Unavailable):
+    reason = "DRAINING"
+
+
+class DeadlineExceeded(InferfluxError):
+    reason, http_status, grpc_code = "DEADLINE_EXCEEDED", 504, grpc.StatusCode.DEADLINE_EXCEEDED
+
+
+class Conflict(InferfluxError):
+    reason, http_status, grpc_code = "CONFLICT", 409, grpc.StatusCode.ABORTED
+
+
+class KvError(InferfluxError):
+    """KV blocks that must not be used. `kv_reason` is the bounded label in metrics and KvReport.reason."""
+
+    reason, grpc_code = "KV_ERROR", grpc.StatusCode.FAILED_PRECONDITION
+    kv_reason: ClassVar[str] = "other"
+
+
+class TicketInvalid(KvError):
+    reason, kv_reason = "TICKET_INVALID", "mac"
+
+
+class TicketForeign(KvError):
+    reason, kv_reason = "TICKET_FOREIGN", "audience"
+
+
+class TicketExpired(KvError):
+    reason, kv_reason = "TICKET_EXPIRED", "expired"
+
+
+class KvStale(KvError):
+    reason, kv_reason = "KV_STALE", "stale"
+
+
+class KvDigestMismatch(KvError):
+    reason, kv_reason = "KV_DIGEST_MISMATCH", "digest"
+
+
+class KvIncompatible(KvError):
+    reason, kv_reason = "KV_INCOMPATIBLE", "fingerprint"
+
+
+class KvUnreachable(KvError):
+    reason, kv_reason = "KV_UNREACHABLE", "unreachable"
+
+
+class ArenaFull(KvError):
+    reason, kv_reason = "ARENA_FULL", "arena_full"
+
+
+class NumericsMismatch(InferfluxError):
+    """The engine does not compute what the reference computes; the worker must not serve."""
+
+    reason, grpc_code = "NUMERICS_MISMATCH", grpc.StatusCode.FAILED_PRECONDITION
+
+
+class ConfigError(InferfluxError):
+    """All problems of a configuration at once, one per line in `message`."""
+
+    reason, grpc_code = "CONFIG_ERROR", grpc.StatusCode.FAILED_PRECONDITION
+
+
+class Internal(InferfluxError):
+    reason = "INTERNAL"

@@ -1,0 +1,68 @@
+"""The OpenTelemetry side of tracing; imported only when an OTLP endpoint is set."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from opentelemetry import trace
+from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
+from opentelemetry.sdk.resources import Resource
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter
+from opentelemetry.sdk.trace.sampling import ParentBased, TraceIdRatioBased
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+from inferflux.telemetry.tracing import Attributes, AttributeValue
+
+_PROPAGATOR = TraceContextTextMapPropagator()
+
+
+class OtelSpan:
+    """A recorded span."""
+
+    __slots__ = ("_span", "traceparent")
+
+    def __init__(self, span: trace.Span) -> None:
+        self._span = span
+        self.traceparent = _inject(span)
+
+    def set(self, key: str, value: AttributeValue) -> None:
+        self._span.set_attribute(key, value)
+
+    def event(self, name: str) -> None:
+        self._span.add_event(name)
+
+
+class OtelTracer:
+    """Exports sampled spans in the background. `ratio`: share of new traces; callers' decisions are kept."""
+
+    def __init__(self, role: str, instance_id: str, ratio: float, exporter: SpanExporter | None = None) -> None:
+        resource = Resource.create({"service.name": f"inferflux-{role}", "service.instance.id": instance_id})
+        self._provider = TracerProvider(resource=resource, sampler=ParentBased(TraceIdRatioBased(ratio)))
+        self._provider.add_span_processor(BatchSpanProcessor(exporter or OTLPSpanExporter()))
+        self._tracer = self._provider.get_tracer("inferflux")
+
+    @contextmanager
+    def start(self, name: str, parent_traceparent: str, attributes: Attributes) -> Iterator[OtelSpan]:
+        """Open a span; an exception's text stays out of it, it may quote a prompt."""
+        parent = _PROPAGATOR.extract({"traceparent": parent_traceparent})
+        span = self._tracer.start_span(name, parent, attributes=attributes)
+        try:
+            yield OtelSpan(span)
+        except BaseException as e:
+            span.set_status(trace.StatusCode.ERROR, type(e).__name__)
+            raise
+        finally:
+            span.end()
+
+    def shutdown(self) -> None:
+        """Flush, waiting a few seconds at most."""
+        self._provider.force_flush(2_000)
+        self._provider.shutdown()
+
+
+def _inject(span: trace.Span) -> str:
+    carrier: dict[str, str] = {}
+    _PROPAGATOR.inject(carrier, trace.set_span_in_context(span))
+    return carrier.get("traceparent", "")

@@ -1,0 +1,104 @@
+"""Distributed traces, free when off.
+
+Tracing is on when OTEL_EXPORTER_OTLP_ENDPOINT is set; only then OpenTelemetry is imported, at the first span, so that
+a worker that forks its engine before it serves has no exporter threads yet. When off, spans do nothing but pass the
+caller's W3C traceparent on.
+
+    with tracing.start_span("prefill", parent_traceparent=context.traceparent) as span:
+        span.set("inferflux.worker", worker_id)
+        await stub.Prefill(... traceparent=span.traceparent ...)
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from typing import Protocol, Self
+
+ENDPOINT_VARIABLE = "OTEL_EXPORTER_OTLP_ENDPOINT"
+_TRACEPARENT = re.compile(r"00-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
+AttributeValue = str | bool | int | float
+
+
+class Span(Protocol):
+    """A piece of work. Leaving its `with` block by an exception marks it failed, by type only."""
+
+    @property
+    def traceparent(self) -> str:
+        """W3C trace context for the next hop; empty when there is none."""
+
+    def set(self, key: str, value: AttributeValue) -> None:
+        """Add an attribute; never prompt text."""
+
+    def event(self, name: str) -> None:
+        """Mark an instant."""
+
+
+Attributes = Mapping[str, AttributeValue]
+StartSpan = Callable[[str, str, Attributes], AbstractContextManager[Span]]
+
+
+class PassingSpan:
+    """The span when tracing is off: forwards the caller's context untouched."""
+
+    __slots__ = ("traceparent",)
+
+    def __init__(self, traceparent: str) -> None:
+        self.traceparent = traceparent
+
+    def set(self, key: str, value: AttributeValue) -> None:
+        """Nothing to record."""
+
+    def event(self, name: str) -> None:
+        """Nothing to record."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        return None
+
+
+def _start_passing(_name: str, parent_traceparent: str, _attributes: Attributes) -> AbstractContextManager[Span]:
+    return PassingSpan(parent_traceparent)
+
+
+class _Tracer:
+    """The process's one tracer; OTel itself is per process too."""
+
+    start: StartSpan = staticmethod(_start_passing)
+    shutdown: Callable[[], None] = staticmethod(lambda: None)
+
+
+def start_span(
+    name: str, parent_traceparent: str | None = None, attributes: Attributes | None = None
+) -> AbstractContextManager[Span]:
+    """Open a span under the caller's context; anything but a valid version-00 traceparent counts as none."""
+    return _Tracer.start(name, _valid(parent_traceparent), attributes or {})
+
+
+def setup(role: str, instance_id: str, environ: Mapping[str, str]) -> None:
+    """Turn tracing on if the environment names an OTLP endpoint. Starts nothing before the first span."""
+    if not environ.get(ENDPOINT_VARIABLE):
+        return
+    ratio = float(environ.get("OTEL_TRACES_SAMPLER_ARG") or 0.1)
+
+    def start_first(name: str, parent_traceparent: str, attributes: Attributes) -> AbstractContextManager[Span]:
+        from inferflux.telemetry.otel import OtelTracer  # noqa: PLC0415  -- 20 MB that idle tracing need not cost
+
+        tracer = OtelTracer(role, instance_id, ratio)
+        _Tracer.start, _Tracer.shutdown = tracer.start, tracer.shutdown
+        return tracer.start(name, parent_traceparent, attributes)
+
+    _Tracer.start = start_first
+
+
+def shutdown() -> None:
+    """Send what is left and turn tracing off."""
+    _Tracer.shutdown()
+    _Tracer.start, _Tracer.shutdown = _start_passing, lambda: None
+
+
+def _valid(traceparent: str | None) -> str:
+    return traceparent if traceparent and _TRACEPARENT.fullmatch(traceparent) else ""

@@ -1,0 +1,95 @@
+"""A worker's entry in the registry, sent whole each second.
+
+The registry may be gone for as long as it likes: nothing here ever disturbs serving.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from contextlib import suppress
+
+import grpc
+
+from inferflux.errors import InferfluxError
+from inferflux.rpc.client import translated_errors
+from inferflux.types import ROLE_TO_PROTO, STATE_TO_PROTO
+from inferflux.v1 import registry_service_pb2 as pb
+from inferflux.v1.registry_service_pb2_grpc import RegistryServiceAsyncStub, RegistryServiceStub
+from inferflux.worker.worker import Worker
+
+PERIOD_S = 1.0
+TIMEOUT_S = 1.0
+_log = logging.getLogger(__name__)
+
+
+class Registration:
+    """Keeps a worker registered. `run` once, as a task."""
+
+    def __init__(self, worker: Worker, address: str, channel: grpc.aio.Channel) -> None:
+        self._worker = worker
+        self._address = address
+        self._stub: RegistryServiceAsyncStub = RegistryServiceStub(channel)
+        self._is_known = False
+        self._changed = asyncio.Event()
+
+    async def run(self) -> None:
+        """Renew for ever."""
+        while True:
+            self._changed.clear()
+            await self._renew()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(PERIOD_S):
+                    await self._changed.wait()
+
+    def announce(self) -> None:
+        """Send the record now: the worker's state has changed."""
+        self._changed.set()
+
+    async def leave(self) -> None:
+        """Take the worker out, if the registry answers."""
+        lifecycle = self._worker.lifecycle
+        request = pb.DeregisterWorkerRequest(worker_id=lifecycle.instance_id, incarnation=lifecycle.incarnation)
+        with suppress(InferfluxError), translated_errors():
+            await self._stub.DeregisterWorker(request, timeout=TIMEOUT_S)
+
+    async def _renew(self) -> None:
+        try:
+            with translated_errors():
+                await self._stub.RegisterWorker(self._request(), timeout=TIMEOUT_S)
+        except InferfluxError as e:
+            self._note(is_known=False, reason=e.reason)
+        else:
+            self._note(is_known=True)
+
+    def _note(self, *, is_known: bool, reason: str = "") -> None:
+        """Log changes only: a registry that is down for an hour is one line, not 3,600."""
+        if is_known != self._is_known:
+            self._is_known = is_known
+            level = logging.INFO if is_known else logging.WARNING
+            _log.log(level, "registered" if is_known else "registry lost", extra={"reason": reason})
+
+    def _request(self) -> pb.RegisterWorkerRequest:
+        worker, info = self._worker, self._worker.info
+        record = pb.WorkerRecord(
+            worker_id=worker.lifecycle.instance_id,
+            incarnation=worker.lifecycle.incarnation,
+            role=ROLE_TO_PROTO[worker.role],
+            model=info.model,
+            address=self._address,
+            state=STATE_TO_PROTO[worker.lifecycle.state],
+            reason=worker.lifecycle.readiness().reason,
+            fingerprint=info.fingerprint.to_proto(),
+            host_id=worker.host_id,
+            engine=info.name,
+            max_model_len=info.max_model_len,
+            max_num_seqs=info.max_num_seqs,
+        )
+        model = pb.ModelRecord(
+            name=info.model,
+            digest=info.fingerprint.weights_digest,
+            dtype=info.fingerprint.dtype,
+            max_model_len=info.max_model_len,
+            capabilities=info.capabilities,
+        )
+        return pb.RegisterWorkerRequest(worker=record, model=model)

@@ -1,0 +1,100 @@
+"""The settings of a worker, and what they mean to its engine."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from inferflux.config import CommonSettings
+from inferflux.engine.options import MIB, EngineOptions
+from inferflux.types import Role
+
+# Real steps can take seconds (a long prompt on a CPU), simulated ones take milliseconds.
+WEDGED_AFTER_S = {"vllm": 30.0, "sim": 2.0}
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerSettings(CommonSettings):
+    """What prefill and decode workers read from their environment."""
+
+    model: str
+    """Name of the model in API calls."""
+    engine: Literal["vllm", "sim"] = "vllm"
+    """vllm serves users; sim serves tests and studies."""
+    model_dir: Path | None = None
+    """Hugging Face folder of the model; vllm needs it."""
+    dtype: str = "auto"
+    """auto, float32, bfloat16 or float16."""
+    kv_cache_bytes: int = 512 * MIB
+    """The engine's own paged cache."""
+    kv_arena_bytes: int = 512 * MIB
+    """Memory that a prefill worker's tickets point into; decode workers have none."""
+    max_model_len: int = 0
+    """Longest prompt plus output in tokens; 0: the model's own."""
+    max_num_seqs: int = 64
+    """Most sequences in one batch."""
+    block_size: int = 0
+    """Tokens per KV block; 0: the engine's own."""
+    threads: int = 1
+    """Compute threads of the engine."""
+    cpu_cores: tuple[str, ...] = ()
+    """Cores this worker may run on, e.g. 0,2-3; empty: all."""
+    sim_profile: Path | None = None
+    """Sizes and latencies of the simulated engine."""
+    numerics_reference: Path | None = None
+    """What the model must compute; empty: it is not checked."""
+    wedge_s: float = 0.0
+    """Not ready when the engine has work and makes no step for this long; 0: 30 s for vllm, 2 s for sim."""
+    drain_budget_s: float = 60.0
+    """Longest time a drain waits for running requests and live tickets; 0: for ever."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.bind:
+            object.__setattr__(self, "bind", f"unix:{self.run_dir / self.instance_id}.sock")
+        if self.wedge_s <= 0:
+            object.__setattr__(self, "wedge_s", WEDGED_AFTER_S[self.engine])
+        if self.engine == "vllm" and self.model_dir is None:
+            raise ValueError("INFERFLUX_MODEL_DIR: missing")
+        parse_cores(self.cpu_cores)
+
+    @property
+    def arena_socket(self) -> Path:
+        """Where a prefill worker hands its arena to readers."""
+        return self.run_dir / f"{self.instance_id}.arena.sock"
+
+    def engine_options(self, role: Role) -> EngineOptions:
+        """The engine's share of the settings."""
+        return EngineOptions(
+            model=self.model,
+            role=role,
+            model_dir=self.model_dir,
+            dtype=self.dtype,
+            kv_cache_bytes=self.kv_cache_bytes,
+            max_model_len=self.max_model_len,
+            max_num_seqs=self.max_num_seqs,
+            block_size=self.block_size,
+            threads=self.threads,
+            cpu_cores=parse_cores(self.cpu_cores),
+            numerics_reference=self.numerics_reference,
+            sim_profile=self.sim_profile,
+        )
+
+
+def parse_cores(items: Sequence[str]) -> tuple[int, ...]:
+    """Core numbers from items like 3 or 0-3. Raises ValueError for anything else and for cores we don't have."""
+    cores = tuple(sorted({core for item in items for core in _cores(item)}))
+    available = os.sched_getaffinity(0)
+    if missing := set(cores) - available:
+        raise ValueError(f"INFERFLUX_CPU_CORES: no cores {sorted(missing)} here, only {sorted(available)}")
+    return cores
+
+
+def _cores(item: str) -> Iterator[int]:
+    first, _, last = item.partition("-")
+    if not (first.isdecimal() and (last or first).isdecimal()):
+        raise ValueError(f"INFERFLUX_CPU_CORES: {item!r} is neither a core nor a range of cores")
+    return iter(range(int(first), int(last or first) + 1))

@@ -1,0 +1,182 @@
+"""The gateway's side of the policy and registry services: their messages become our values here and nowhere else."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+import grpc
+
+from inferflux.rpc.client import translated_errors
+from inferflux.types import ROLE_FROM_PROTO, STATE_FROM_PROTO, ModelFingerprint
+from inferflux.v1 import policy_service_pb2 as policy_pb
+from inferflux.v1 import registry_service_pb2 as registry_pb
+from inferflux.v1.policy_service_pb2_grpc import PolicyServiceStub
+from inferflux.v1.registry_service_pb2_grpc import RegistryServiceStub
+from services.gateway.auth import Key, KeyRing, Principal, cache_salt
+from services.gateway.endpoints import Scope
+from services.gateway.views import ClusterView, Model, Worker
+
+ADMIN_TIMEOUT_S = 5.0
+_SCOPES = {
+    Scope.GENERATE: policy_pb.SCOPE_GENERATE,
+    Scope.READ: policy_pb.SCOPE_READ,
+    Scope.ADMIN: policy_pb.SCOPE_ADMIN,
+}
+_SCOPES_FROM_PROTO = {number: scope for scope, number in _SCOPES.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class KeyInfo:
+    """One API key without its hash."""
+
+    key_id: str
+    name: str
+    tenant: str
+    scopes: tuple[Scope, ...]
+    priority: int
+    created_at: datetime
+    expires_at: datetime | None
+
+
+@dataclass(frozen=True, slots=True)
+class NewKey:
+    """What to create. `secret` empty: the service makes one."""
+
+    name: str
+    scopes: tuple[Scope, ...]
+    tenant: str = ""
+    priority: int = 0
+    expires_at: datetime | None = None
+    secret: str = field(default="", repr=False)
+
+
+class PolicyClient:
+    """Calls to the policy service. `tenant_key` makes the salts that separate tenants' prefix caches."""
+
+    def __init__(self, channel: grpc.aio.Channel, gateway_id: str, tenant_key: bytes) -> None:
+        self._stub: Any = PolicyServiceStub(channel)
+        self._gateway_id = gateway_id
+        self._tenant_key = tenant_key
+
+    async def watch(self, revision: int) -> AsyncGenerator[KeyRing]:
+        """Yield the current key ring and each later one. Raises InferfluxError when the stream ends badly."""
+        request = policy_pb.WatchSnapshotRequest(gateway_id=self._gateway_id, revision=revision)
+        call = self._stub.WatchSnapshot(request)
+        try:
+            with translated_errors():
+                async for message in call:
+                    yield self._to_key_ring(message.snapshot)
+        finally:
+            call.cancel()
+
+    async def create_key(self, key: NewKey) -> tuple[KeyInfo, str, int]:
+        """Create a key; returns it, its secret and the revision that has it. Raises InferfluxError."""
+        request = policy_pb.CreateKeyRequest(
+            name=key.name,
+            tenant=key.tenant,
+            scopes=[_SCOPES[scope] for scope in key.scopes],
+            priority=key.priority,
+            secret=key.secret,
+        )
+        if key.expires_at is not None:
+            request.expires_at.FromDatetime(key.expires_at)
+        with translated_errors():
+            answer = await self._stub.CreateKey(request, timeout=ADMIN_TIMEOUT_S)
+        return _to_key_info(answer.key), answer.secret, answer.revision
+
+    async def list_keys(self) -> tuple[list[KeyInfo], int]:
+        """Return all live keys and their revision. Raises InferfluxError."""
+        with translated_errors():
+            answer = await self._stub.ListKeys(policy_pb.ListKeysRequest(), timeout=ADMIN_TIMEOUT_S)
+        return [_to_key_info(key) for key in answer.keys], answer.revision
+
+    async def revoke_key(self, key_id: str) -> int:
+        """Revoke a key; returns the revision without it. Raises NotFound or another InferfluxError."""
+        with translated_errors():
+            answer = await self._stub.RevokeKey(policy_pb.RevokeKeyRequest(key_id=key_id), timeout=ADMIN_TIMEOUT_S)
+        return int(answer.revision)
+
+    def _to_key_ring(self, snapshot: policy_pb.PolicySnapshot) -> KeyRing:
+        keys = (self._to_key(record) for record in snapshot.keys)
+        return KeyRing(snapshot.revision, {key.secret_hash: key for key in keys})
+
+    def _to_key(self, record: policy_pb.KeyRecord) -> Key:
+        salt = cache_salt(self._tenant_key, record.tenant)
+        principal = Principal(record.key_id, record.tenant, frozenset(_scopes(record)), record.priority, salt)
+        expires_at = record.expires_at.ToMilliseconds() / 1000 if record.HasField("expires_at") else None
+        return Key(record.secret_hash, principal, expires_at)
+
+
+class RegistryClient:
+    """Calls to the registry service."""
+
+    def __init__(self, channel: grpc.aio.Channel, gateway_id: str) -> None:
+        self._stub: Any = RegistryServiceStub(channel)
+        self._gateway_id = gateway_id
+
+    async def watch(self, revision: int) -> AsyncGenerator[ClusterView]:
+        """Yield the current view and each later one. Raises InferfluxError when the stream ends badly."""
+        request = registry_pb.WatchRegistryRequest(gateway_id=self._gateway_id, revision=revision)
+        call = self._stub.WatchSnapshot(request)
+        try:
+            with translated_errors():
+                async for message in call:
+                    yield _to_view(message.snapshot)
+        finally:
+            call.cancel()
+
+
+def _scopes(record: policy_pb.KeyRecord) -> list[Scope]:
+    """Scopes that this gateway does not know grant nothing."""
+    return [_SCOPES_FROM_PROTO[number] for number in record.scopes if number in _SCOPES_FROM_PROTO]
+
+
+def _to_key_info(record: policy_pb.KeyRecord) -> KeyInfo:
+    return KeyInfo(
+        key_id=record.key_id,
+        name=record.name,
+        tenant=record.tenant,
+        scopes=tuple(_scopes(record)),
+        priority=record.priority,
+        created_at=record.created_at.ToDatetime(UTC),
+        expires_at=record.expires_at.ToDatetime(UTC) if record.HasField("expires_at") else None,
+    )
+
+
+def _to_view(snapshot: registry_pb.RegistrySnapshot) -> ClusterView:
+    """Workers of a role or state that this gateway does not know are not for it."""
+    known = (w for w in snapshot.workers if w.role in ROLE_FROM_PROTO and w.state in STATE_FROM_PROTO)
+    return ClusterView(
+        revision=snapshot.revision,
+        workers=tuple(_to_worker(record) for record in known),
+        models=tuple(_to_model(record) for record in snapshot.models),
+    )
+
+
+def _to_worker(record: registry_pb.WorkerRecord) -> Worker:
+    return Worker(
+        worker_id=record.worker_id,
+        incarnation=record.incarnation,
+        role=ROLE_FROM_PROTO[record.role],
+        model=record.model,
+        address=record.address,
+        state=STATE_FROM_PROTO[record.state],
+        fingerprint=ModelFingerprint.from_proto(record.fingerprint),
+        host_id=record.host_id,
+        max_num_seqs=record.max_num_seqs,
+    )
+
+
+def _to_model(record: registry_pb.ModelRecord) -> Model:
+    return Model(
+        name=record.name,
+        digest=record.digest,
+        dtype=record.dtype,
+        max_model_len=record.max_model_len,
+        capabilities=tuple(record.capabilities),
+        created_at=record.created_at.ToSeconds(),
+        is_default=record.is_default,
+    )

@@ -1,0 +1,60 @@
+"""Errors as clients see them: one body per error, in the shape that the clients of the path understand."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import orjson
+
+from inferflux.errors import InferfluxError, Internal
+from services.gateway.asgi import RawHeaders
+from services.gateway.endpoints import Dialect
+
+_OPENAI_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+_ANTHROPIC_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
+
+
+def shown(error: BaseException) -> InferfluxError:
+    """Return the error that may be shown: ours as it is, anything else without its text."""
+    return error if isinstance(error, InferfluxError) else Internal("internal error")
+
+
+def body(error: InferfluxError, dialect: Dialect, request_id: str) -> bytes:
+    """Serialize an error that is the whole response."""
+    return orjson.dumps(document(error, dialect, request_id))
+
+
+def document(error: InferfluxError, dialect: Dialect, request_id: str) -> dict[str, Any]:
+    """Describe an error in a dialect."""
+    if dialect is Dialect.ANTHROPIC:
+        inner = {"type": _anthropic_type(error.http_status), "message": error.message}
+        return {"type": "error", "error": inner, "request_id": request_id}
+    inner = {"message": error.message, "type": _openai_type(error.http_status), "param": error.param}
+    return {"error": inner | {"code": error.reason.lower()}}
+
+
+def headers(error: InferfluxError) -> RawHeaders:
+    """Return the headers that belong to an error: how to authenticate, when to come back."""
+    extra: RawHeaders = []
+    if error.http_status == 401:
+        extra.append((b"www-authenticate", b"Bearer"))
+    if error.is_retryable or error.retry_after_s is not None:
+        extra.append((b"retry-after", str(math.ceil(error.retry_after_s or 1)).encode()))
+    return extra
+
+
+def _openai_type(status: int) -> str:
+    return _OPENAI_TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
+
+
+def _anthropic_type(status: int) -> str:
+    return _ANTHROPIC_TYPES.get(status, "invalid_request_error" if status < 500 else "api_error")

@@ -1,0 +1,108 @@
+"""One stream to one worker, kept open for ever: opened, read until it breaks, opened again.
+
+Both kinds of worker send pulses on such a stream. While it is up the worker can be used; when it breaks, everything that
+depended on it is told at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from abc import ABC, abstractmethod
+from typing import Any
+
+import grpc
+
+from inferflux.errors import InferfluxError
+from inferflux.rpc.client import to_error
+from inferflux.telemetry import metrics
+from inferflux.types import STATE_FROM_PROTO, Pulse, Role
+from inferflux.v1 import types_pb2
+from services.gateway.heart import Heart
+from services.gateway.snapshots import backoff_s
+from services.gateway.views import Worker
+
+_log = logging.getLogger(__name__)
+
+
+class Link(ABC):
+    """The connection to one incarnation of a worker. `run` once, as a task; cancelling it closes everything."""
+
+    role: Role
+
+    def __init__(self, worker: Worker, channel: grpc.aio.Channel, heart: Heart) -> None:
+        self.worker_id = worker.worker_id
+        self.incarnation = worker.incarnation
+        self.heart = heart
+        self._channel = channel
+        self._call: Any = None
+
+    async def run(self) -> None:
+        """Keep the stream open until cancelled."""
+        num_failures = 0
+        try:
+            while True:
+                was_up = await self._converse_once()
+                num_failures = 0 if was_up else num_failures + 1
+                await asyncio.sleep(backoff_s(num_failures))
+        finally:
+            await self._finish()
+            await self._channel.close()
+
+    def give_up(self) -> None:
+        """Break the stream: the worker is silent."""
+        if self._call is not None:
+            _log.warning("worker is silent", extra={"worker": self.worker_id})
+            self._call.cancel()
+
+    async def _converse_once(self) -> bool:
+        """Hold one stream from its start to its end; tells whether the worker ever answered on it."""
+        was_up = False
+        reason = "closed"
+        try:
+            await self._converse()
+        except grpc.aio.AioRpcError as e:
+            reason = to_error(e).reason
+        except InferfluxError as e:
+            reason = e.reason
+        except asyncio.CancelledError:
+            if not self._was_given_up():
+                raise
+            reason = "silent"
+        finally:
+            was_up = self.heart.is_up
+            self._down(reason)
+        return was_up
+
+    def _was_given_up(self) -> bool:
+        """A call cancelled by `give_up` raises CancelledError in its reader, just as a cancelled task does."""
+        task = asyncio.current_task()
+        return task is not None and not task.cancelling()
+
+    def _take_pulse(self, message: types_pb2.Pulse) -> None:
+        if message.state not in STATE_FROM_PROTO:
+            return
+        if not self.heart.is_up:
+            metrics.WORKER_UP.labels(self.role.value, self.worker_id).set(1)
+            _log.info("worker up", extra={"worker": self.worker_id, "incarnation": message.incarnation})
+        if message.incarnation > self.incarnation:  # restarted, and faster here than through the registry
+            self.incarnation = message.incarnation
+        self.heart.beat(Pulse.from_proto(message))
+
+    def _down(self, reason: str) -> None:
+        if self.heart.is_up:
+            metrics.WORKER_UP.labels(self.role.value, self.worker_id).set(0)
+            _log.warning("worker down", extra={"worker": self.worker_id, "reason": reason})
+        self.heart.stop()
+        self._lost()
+
+    async def _finish(self) -> None:
+        """Complete what must still be said to the worker before the channel closes."""
+
+    @abstractmethod
+    async def _converse(self) -> None:
+        """Open the stream, set `_call`, read it to its end, and clean up."""
+
+    @abstractmethod
+    def _lost(self) -> None:
+        """Tell everything that depended on the stream."""

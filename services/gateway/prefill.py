@@ -1,0 +1,131 @@
+"""The gateway's side of a prefill worker: prompts in, tickets out, tickets back.
+
+The watch stream carries the worker's pulses and is the lease of all tickets of this gateway. Tickets are given back as
+soon as nobody needs them; returns that come close together travel as one call.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any
+
+import grpc
+
+from inferflux.errors import InferfluxError
+from inferflux.rpc.client import translated_errors
+from inferflux.telemetry import metrics
+from inferflux.types import HttpAnswer, HttpHead, KvReport, Role
+from inferflux.v1 import prefill_service_pb2 as pb
+from inferflux.v1 import types_pb2
+from inferflux.v1.prefill_service_pb2_grpc import PrefillServiceStub
+from services.gateway.heart import Heart
+from services.gateway.link import Link
+from services.gateway.views import Worker
+
+RELEASE_DELAY_S = 0.005
+RELEASE_TIMEOUT_S = 2.0
+_log = logging.getLogger(__name__)
+
+
+class Tickets:
+    """The prompts that a prefill worker computed for one request, and the tickets to give back for them.
+
+    Use it in a `with` block: each ticket is given back when a decode worker has reported on it, the rest at the end.
+    """
+
+    def __init__(self, prompts: Sequence[types_pb2.PrefilledPrompt] = (), link: PrefillLink | None = None) -> None:
+        self.prompts = prompts
+        self._link = link
+        self._held = {prompt.ticket.ticket_id for prompt in prompts if prompt.HasField("ticket")}
+
+    def __enter__(self) -> Tickets:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._held:
+            self._give_back(self._held, _why(error))
+            self._held = set()
+
+    def settle(self, report: KvReport) -> None:
+        """Hear what became of a ticket."""
+        if report.result == "recomputed":
+            metrics.KV_REJECTED.labels(report.reason or "other").inc()
+        elif report.result == "committed":
+            metrics.KV_TRANSFER_BYTES.labels("shm").inc(report.num_bytes)
+            metrics.KV_TRANSFER_SECONDS.labels("shm").observe(report.transfer_s)
+        if report.ticket_id in self._held:
+            self._held.discard(report.ticket_id)
+            self._give_back({report.ticket_id}, report.result)
+
+    def _give_back(self, ticket_ids: set[str], why: str) -> None:
+        if self._link is not None:
+            self._link.release(ticket_ids, why)
+
+
+class PrefillLink(Link):
+    """The connection to one prefill worker."""
+
+    role = Role.PREFILL
+
+    def __init__(self, worker: Worker, channel: grpc.aio.Channel, heart: Heart, hello: pb.WatchRequest) -> None:
+        super().__init__(worker, channel, heart)
+        self._stub: Any = PrefillServiceStub(channel)
+        self._hello = hello
+        self._returned: dict[str, set[str]] = {}
+        self._returns: set[asyncio.Task[None]] = set()
+
+    async def prefill(self, context: types_pb2.RequestContext, call: types_pb2.HttpCall) -> Tickets | HttpAnswer:
+        """Compute all prompts of a call, or return the answer of the application that refused it.
+
+        Cancelling the caller aborts it on the worker. Raises InferfluxError.
+        """
+        request = pb.PrefillRequest(context=context, call=call, session_id=self._hello.session_id)
+        with translated_errors():
+            response = await self._stub.Prefill(request)
+        if response.HasField("answer"):
+            return HttpAnswer(HttpHead.from_proto(response.answer.head), response.answer.body)
+        return Tickets(response.prefilled.prompts, self)
+
+    def release(self, ticket_ids: set[str], why: str) -> None:
+        """Give tickets back. Returns at once and never fails: if the worker is lost, so are its tickets."""
+        self._returned.setdefault(why, set()).update(ticket_ids)
+        if not self._returns:
+            task = asyncio.create_task(self._return_soon(), name=f"release-{self.worker_id}")
+            self._returns.add(task)
+            task.add_done_callback(self._returns.discard)
+
+    async def _return_soon(self) -> None:
+        await asyncio.sleep(RELEASE_DELAY_S)
+        while self._returned:
+            why, ticket_ids = self._returned.popitem()
+            try:
+                with translated_errors():
+                    await self._stub.Release(
+                        pb.ReleaseRequest(ticket_ids=ticket_ids, why=why), timeout=RELEASE_TIMEOUT_S
+                    )
+            except InferfluxError as e:
+                _log.warning("tickets not given back", extra={"worker": self.worker_id, "reason": e.reason})
+
+    async def _converse(self) -> None:
+        call = self._call = self._stub.Watch(self._hello)
+        try:
+            async for message in call:
+                self._take_pulse(message.pulse)
+        finally:
+            call.cancel()
+
+    def _lost(self) -> None:
+        """Calls fail by themselves, and the worker ends the tickets of a session that does not come back."""
+
+    async def _finish(self) -> None:
+        await asyncio.gather(*self._returns, return_exceptions=True)
+
+
+def _why(error: BaseException | None) -> str:
+    """Name why tickets end that no decode worker has reported on; without an error, decode refused the request."""
+    if error is None:
+        return "rejected"
+    return "cancelled" if isinstance(error, asyncio.CancelledError) else "failed"

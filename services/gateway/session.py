@@ -1,0 +1,233 @@
+"""All requests of this gateway on one decode worker, over one stream.
+
+One message from the worker carries the news of many requests, so what is done here per delta is the gateway's cost per
+token: find the stream, append the bytes, wake its reader. Streams see bytes, not messages.
+
+A broken stream loses its requests: each of them ends with WorkerLost, and when the stream is open again the worker is
+told to drop what it may still compute for them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Iterable
+from itertools import count
+from time import monotonic
+from types import TracebackType
+from typing import Any
+
+import grpc
+
+from inferflux.errors import InferfluxError, Internal, SlowConsumer, WorkerLost
+from inferflux.rpc.client import error_of
+from inferflux.telemetry import metrics
+from inferflux.telemetry.tally import Tally
+from inferflux.types import End, HttpHead, KvReport, Role, end_from_proto, frame_from_proto
+from inferflux.v1 import decode_service_pb2 as pb
+from inferflux.v1 import types_pb2
+from inferflux.v1.decode_service_pb2_grpc import DecodeServiceStub
+from services.gateway.heart import Heart
+from services.gateway.link import Link
+from services.gateway.views import Worker
+
+OnKv = Callable[[KvReport], None]
+
+
+class TokenStream:
+    """One request's response as it arrives: iterate for body bytes; `head` is set before the first, `end` after the last.
+
+    Use it in a `with` block: leaving the block early tells the worker to stop. Bytes that arrived together come as one.
+    Iteration raises WorkerLost, SlowConsumer, or the error that the worker reported.
+    """
+
+    __slots__ = (
+        "_chunks",
+        "_error",
+        "_gaps",
+        "_last_at",
+        "_num_waiting",
+        "_on_kv",
+        "_session",
+        "_waiter",
+        "end",
+        "handle",
+        "head",
+    )
+
+    def __init__(self, session: DecodeSession, handle: int, on_kv: OnKv, gaps: Tally) -> None:
+        self.handle = handle
+        self.head: HttpHead | None = None
+        self.end: End | None = None
+        self._session = session
+        self._on_kv = on_kv
+        self._gaps = gaps
+        self._chunks: list[bytes] = []
+        self._num_waiting = 0
+        self._last_at = 0.0
+        self._error: InferfluxError | None = None
+        self._waiter: asyncio.Future[None] | None = None
+
+    def __enter__(self) -> TokenStream:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._session.close(self)
+
+    def __aiter__(self) -> TokenStream:
+        return self
+
+    async def __anext__(self) -> bytes:
+        while not self._chunks:
+            if self._error is not None:
+                raise self._error
+            if self.end is not None:
+                raise StopAsyncIteration
+            self._waiter = self._session.loop.create_future()
+            await self._waiter
+        chunks = self._chunks
+        self._chunks = []
+        self._num_waiting = 0
+        return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+
+    def feed(self, delta: pb.Delta, now: float) -> None:
+        """Take what the worker sent. `now` is the same for a whole batch."""
+        if data := delta.data:
+            if self._num_waiting > self._session.max_buffered_bytes:
+                self.fail(SlowConsumer(f"the client left {self._num_waiting} bytes of the response waiting"))
+                return
+            self._chunks.append(data)
+            self._num_waiting += len(data)
+            if self._last_at:
+                self._gaps.observe(now - self._last_at)
+            self._last_at = now
+        # Per request rather than per token, and cheap to rule out.
+        if delta.HasField("head") or delta.kv or delta.HasField("end"):
+            self._feed_rest(delta)
+        self._wake()
+
+    def fail(self, error: InferfluxError) -> None:
+        """End the stream; what is buffered is still delivered, unless its reader is the problem."""
+        if isinstance(error, SlowConsumer):
+            self._chunks.clear()
+        self._error = self._error or error
+        self._wake()
+
+    def _feed_rest(self, delta: pb.Delta) -> None:
+        frame = frame_from_proto(delta)
+        self.head = frame.head or self.head
+        for report in frame.kv:
+            self._on_kv(report)
+        if frame.end is not None:
+            self._session.forget(self)
+            if (error := frame.end.error) is not None:
+                self.fail(error_of(error.reason, error.message))
+            self.end = frame.end
+
+    def _wake(self) -> None:
+        waiter = self._waiter
+        if waiter is not None:
+            self._waiter = None
+            if not waiter.done():
+                waiter.set_result(None)
+
+
+class DecodeSession(Link):
+    """The stream to one decode worker."""
+
+    role = Role.DECODE
+
+    def __init__(
+        self, worker: Worker, channel: grpc.aio.Channel, heart: Heart, hello: pb.Hello, max_buffered_bytes: int
+    ) -> None:
+        super().__init__(worker, channel, heart)
+        self.loop = asyncio.get_running_loop()
+        self.max_buffered_bytes = max_buffered_bytes
+        self._stub: Any = DecodeServiceStub(channel)
+        self._hello = hello
+        self._gaps = metrics.ITL.labels(worker.model)
+        self._handles = count(1)
+        self._streams: dict[int, TokenStream] = {}
+        self._abandoned: list[int] = []
+        self._outbox: deque[pb.SessionCommand] = deque()
+        self._has_mail = asyncio.Event()
+
+    def start(
+        self,
+        context: types_pb2.RequestContext,
+        call: types_pb2.HttpCall,
+        prompts: Iterable[types_pb2.PrefilledPrompt],
+        on_kv: OnKv,
+    ) -> TokenStream:
+        """Start a request. `on_kv` hears at once what became of each ticket. Raises WorkerLost."""
+        if not self.heart.is_up:
+            raise WorkerLost("the decode worker is not connected")
+        stream = TokenStream(self, next(self._handles), on_kv, self._gaps)
+        start = pb.Start(handle=stream.handle, context=context, call=call, prompts=prompts)
+        self._streams[stream.handle] = stream
+        self._send(pb.SessionCommand(start=start))
+        return stream
+
+    def close(self, stream: TokenStream) -> None:
+        """End a stream; the worker is told unless it has ended it itself. Idempotent."""
+        if self._streams.pop(stream.handle, None) is not None:
+            self._send(_cancel(stream.handle, "closed"))
+
+    def forget(self, stream: TokenStream) -> None:
+        """Expect nothing more for a stream that the worker has ended."""
+        self._streams.pop(stream.handle, None)
+
+    def _send(self, command: pb.SessionCommand) -> None:
+        self._outbox.append(command)
+        self._has_mail.set()
+
+    async def _converse(self) -> None:
+        self._outbox.clear()
+        self._send(pb.SessionCommand(hello=self._hello))
+        for handle in self._abandoned:
+            self._send(_cancel(handle, "lost"))
+        call = self._call = self._stub.Session()
+        writer = asyncio.create_task(self._write(call), name=f"session-writer-{self.worker_id}")
+        writer.add_done_callback(lambda _: call.cancel())
+        try:
+            async for batch in call:
+                self._receive(batch)
+        finally:
+            writer.cancel()
+            call.cancel()
+            await asyncio.gather(writer, return_exceptions=True)
+
+    async def _write(self, call: Any) -> None:
+        """The only writer: two concurrent writes would break the stream. The reader sees a broken stream as well."""
+        while True:
+            while self._outbox:
+                await call.write(self._outbox.popleft())
+            self._has_mail.clear()
+            await self._has_mail.wait()
+
+    def _receive(self, batch: pb.StepBatch) -> None:
+        if batch.incarnation < self.incarnation:
+            metrics.VERSION_REGRESSION.labels("worker").inc()
+            return
+        now = monotonic()
+        streams = self._streams
+        for delta in batch.deltas:
+            stream = streams.get(delta.handle)
+            if stream is not None:
+                try:
+                    stream.feed(delta, now)
+                except (KeyError, ValueError):
+                    stream.fail(Internal("the decode worker sent a message that makes no sense"))
+        if batch.HasField("pulse"):
+            self._take_pulse(batch.pulse)
+            self._abandoned.clear()
+
+    def _lost(self) -> None:
+        streams, self._streams = self._streams, {}
+        self._abandoned.extend(streams)
+        for stream in streams.values():
+            stream.fail(WorkerLost("the decode worker was lost"))
+
+
+def _cancel(handle: int, why: str) -> pb.SessionCommand:
+    return pb.SessionCommand(cancel=pb.Cancel(handle=handle, why=why))

@@ -1,0 +1,61 @@
+"""What the gateway reads from its environment."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from inferflux.config import CommonSettings, env_name
+from services.gateway.envelope import BodyLimits
+
+MIB = 1 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(CommonSettings):
+    """`policy_address` and `registry_address` are required."""
+
+    instance_id: str = "gateway-0"
+    """Stable over restarts, unique in the cluster."""
+    http_host: str = "127.0.0.1"
+    """Interface that clients connect to."""
+    http_port: int = 8080
+    """Port that clients connect to; 0 picks one."""
+    max_body_bytes: int = 32 * MIB
+    """Largest request body; more is answered 413."""
+    max_json_depth: int = 64
+    """Deepest nesting of a request body; more is answered 400."""
+    max_header_bytes: int = 32 * 1024
+    """Largest request line and headers together; more is answered 431."""
+    max_headers: int = 100
+    """Most request headers; more is answered 431."""
+    slow_client_s: float = 10.0
+    """Longest a client may take for its headers, or be silent in its body; then 408."""
+    stalled_client_s: float = 30.0
+    """Longest a client may take nothing of a response that is ready for it; then its connection is cut."""
+    max_buffered_bytes: int = 4 * MIB
+    """Most response bytes of one stream that wait for a slow client; more ends the stream with an error."""
+    max_connections: int = 8192
+    """Most open client connections; more are answered 503 and closed."""
+    max_connections_per_host: int = 2048
+    """Most open connections of one client address; it is lower so that one host can't take them all."""
+    keep_alive_s: float = 65.0
+    """How long an idle connection stays open for the next request; longer than common clients keep theirs."""
+    request_timeout_s: float = 600.0
+    """Deadline of a request from its arrival; `x-inferflux-timeout-ms` may shorten it."""
+    drain_timeout_s: float = 600.0
+    """Longest that running requests may take after SIGTERM; then they end with an error."""
+    worker_dead_s: float = 10.0
+    """A worker that sends no pulse for so long is lost: its requests fail over, its stream is opened anew."""
+    access_log: bool = True
+    """One line per inference request."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        required = ("policy_address", "registry_address")
+        if missing := [env_name(name) for name in required if not getattr(self, name)]:
+            raise ValueError("\n".join(f"{name}: missing" for name in missing))
+
+    @property
+    def body_limits(self) -> BodyLimits:
+        """The limits of request bodies."""
+        return BodyLimits(self.max_body_bytes, self.max_json_depth, self.slow_client_s)

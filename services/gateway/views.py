@@ -1,0 +1,44 @@
+"""The cluster as the registry describes it, as plain values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from inferflux.types import ModelFingerprint, Role, State
+
+
+@dataclass(frozen=True, slots=True)
+class Worker:
+    """One registered worker. `host_id`: equal ids share memory."""
+
+    worker_id: str
+    incarnation: str
+    role: Role
+    model: str
+    address: str
+    state: State
+    fingerprint: ModelFingerprint
+    host_id: str
+    max_num_seqs: int
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """One model as clients see it. `created_at`: seconds since the epoch."""
+
+    name: str
+    digest: str
+    dtype: str
+    max_model_len: int
+    capabilities: tuple[str, ...]
+    created_at: int
+    is_default: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterView:
+    """All workers and models at one revision of the registry."""
+
+    revision: int = 0
+    workers: tuple[Worker, ...] = ()
+    models: tuple[Model, ...] = ()

@@ -1,0 +1,1 @@
+"""Who may do what: API keys, stored hashed and pushed to gateways."""

@@ -1,0 +1,90 @@
+"""All keys and all revocations: the whole state of the policy service, as a value.
+
+Books merge like sets: a key that either side has is in the result, newest version first, unless either side has revoked
+it. So it does not matter in which order replicas learn of writes, and a store that lost its last writes, or all of
+them, gets back what a service still knows; only a revocation or an expiry takes a key away, and nothing brings it back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+
+from inferflux.errors import Conflict, NotFound
+from services.policy.keys import Key
+
+
+@dataclass(frozen=True, slots=True)
+class KeyBook:
+    """A state of the policy. Equal revisions mean equal contents; 0 is a book that was never stored."""
+
+    revision: int = 0
+    keys: Mapping[str, Key] = field(default_factory=dict)
+    revoked: frozenset[str] = frozenset()
+
+    def live(self, now_ms: int) -> list[Key]:
+        """List the keys that open something, oldest first."""
+        keys = [key for key in self.keys.values() if not key.is_expired(now_ms)]
+        return sorted(keys, key=lambda key: (key.created_at_ms, key.key_id))
+
+    def merge(self, other: KeyBook) -> KeyBook:
+        """Join two books; associative, commutative and idempotent."""
+        revoked = self.revoked | other.revoked
+        keys = {key.key_id: key for key in self.keys.values()}
+        for key in other.keys.values():
+            keys[key.key_id] = max(key, keys.get(key.key_id, key), key=_version)
+        kept = {key_id: key for key_id, key in keys.items() if key_id not in revoked}
+        return KeyBook(max(self.revision, other.revision), kept, revoked)
+
+    def restore(self, memory: KeyBook, now_ms: int, floor: int = 0) -> KeyBook:
+        """Return the stored book (self), or its repair when it lacks something of memory or is below `floor`."""
+        merged = self.merge(memory).without_expired(now_ms)
+        is_whole = merged.keys == self.keys and merged.revoked == self.revoked
+        if is_whole and self.revision >= max(memory.revision, floor, 1):
+            return self
+        return merged.advance(now_ms, floor)
+
+    def advance(self, now_ms: int, floor: int = 0) -> KeyBook:
+        """Give the book its next revision.
+
+        Revisions are unix milliseconds where the clock allows: they grow even when every copy of the last was lost.
+        """
+        return replace(self, revision=max(self.revision + 1, floor + 1, now_ms))
+
+    def add(self, key: Key, now_ms: int) -> KeyBook:
+        """Add a new key. Raises Conflict when its secret is or was in use."""
+        if key.key_id in self.revoked:
+            raise Conflict(f"{key.key_id} was revoked; a revoked secret stays revoked")
+        if key.key_id in self.keys:
+            raise Conflict(f"{key.key_id} exists already")
+        return self.put(key, now_ms)
+
+    def upsert(self, keys: Iterable[Key], now_ms: int) -> KeyBook:
+        """Add keys or change what they grant; revoked ones stay revoked. Idempotent."""
+        book = self
+        for key in keys:
+            known = book.keys.get(key.key_id)
+            if key.key_id not in book.revoked and not (known and known.grants_same(key)):
+                book = book.put(replace(key, created_at_ms=known.created_at_ms) if known else key, now_ms)
+        return book
+
+    def revoke(self, key_id: str, now_ms: int) -> KeyBook:
+        """Take a key out for ever. Idempotent. Raises NotFound for a key that never was."""
+        if key_id in self.revoked:
+            return self
+        if key_id not in self.keys:
+            raise NotFound(f"no key {key_id!r}")
+        kept = {known_id: key for known_id, key in self.keys.items() if known_id != key_id}
+        return replace(self, keys=kept, revoked=self.revoked | {key_id}).advance(now_ms)
+
+    def without_expired(self, now_ms: int) -> KeyBook:
+        return replace(self, keys={i: key for i, key in self.keys.items() if not key.is_expired(now_ms)})
+
+    def put(self, key: Key, now_ms: int) -> KeyBook:
+        """Add a key or replace its record."""
+        book = self.advance(now_ms)
+        return replace(book, keys={**self.keys, key.key_id: replace(key, revision=book.revision)})
+
+
+def _version(key: Key) -> tuple[int, str]:
+    return key.revision, repr(key)

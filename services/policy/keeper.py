@@ -1,0 +1,128 @@
+"""Keeps the book in memory equal to the one in Redis, in both directions, and feeds it to watchers.
+
+The store is the truth for what was added; memory is a witness of what the store may have lost (a failover, FLUSHALL, a
+truncated file): it is merged in again before anything is published, so an emptied Redis never empties the policy of
+a running service. A service that starts on an empty store has no witness: then nobody has a key, everybody is denied,
+and it says so in its log. While the store is away the last book stays in force and writes are refused; a service that
+has not read the store since its start publishes nothing at all, so that gateways keep what they have.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import Callable
+
+from inferflux.clock import Clock
+from inferflux.errors import Unavailable
+from inferflux.feed import Feed
+from inferflux.telemetry.metrics import SNAPSHOT_REVISION, STORE_UP
+from services.policy.book import KeyBook
+from services.policy.keys import Key
+from services.policy.store import PolicyStore
+
+log = logging.getLogger(__name__)
+
+RECHECK_S = 1.0
+"""Notices what no message tells: FLUSHALL, a message lost with its connection."""
+MAX_BACKOFF_S = 1.0
+MAX_REVISION = 2**62
+"""Far above any clock, far below the end of uint64: what claims more is broken."""
+
+
+class Keeper:
+    """Owns the policy's state in this process. Used from one event loop."""
+
+    def __init__(self, store: PolicyStore, clock: Clock, initial: list[Key]) -> None:
+        self.feed: Feed[KeyBook] = Feed()
+        self._store = store
+        self._clock = clock
+        self._initial = initial
+        self._memory = KeyBook()
+        self._floor = 0
+        self._is_up: bool | None = None
+
+    @property
+    def is_loaded(self) -> bool:
+        return self.feed.revision > 0
+
+    def book(self) -> KeyBook:
+        """Return the last known state. Raises Unavailable when there is none yet."""
+        if not self.is_loaded:
+            raise Unavailable("policy has not been loaded yet", retry_after_s=1.0)
+        return self._memory
+
+    def now_ms(self) -> int:
+        return int(self._clock.time() * 1000)
+
+    async def change(self, edit: Callable[[KeyBook], KeyBook]) -> KeyBook:
+        """Apply `edit` to the store, then to memory and all watchers. Raises Unavailable and what `edit` raises."""
+        book = await self._store.update(lambda stored: edit(self._repaired(stored)))
+        self._adopt(book)
+        return book
+
+    async def refresh(self) -> None:
+        """Take over what the store has, and give it what it lacks. Raises Unavailable."""
+        if not self.is_loaded:
+            await self._load()
+        elif self._memory.revision < self._floor or self._memory.revision != await self._store.revision():
+            await self.change(lambda book: book)
+
+    async def overtake(self, revision: int) -> None:
+        """Get up to a revision that a gateway has, as soon as the store has been read again.
+
+        A gateway can be ahead of a replica that missed a write, or of a cluster that lost its state; the first must not
+        be answered with old contents under a new number.
+        """
+        if not max(self._floor, self._memory.revision) < revision < MAX_REVISION:
+            return
+        self._floor = revision
+        try:
+            await self.refresh()
+        except Unavailable:
+            log.warning("a gateway is ahead of us and the store is away", extra={"gateway_revision": revision})
+
+    async def run(self) -> None:
+        """Follow the store for ever, through all its absences."""
+        backoff_s = 0.05
+        while True:
+            try:
+                async with self._store.subscribe() as wait:
+                    await self.refresh()
+                    self._note(is_up=True)
+                    backoff_s = 0.05
+                    while True:
+                        await wait(RECHECK_S)
+                        await self.refresh()
+            except Unavailable as e:
+                self._note(is_up=False, reason=e.message)
+            await asyncio.sleep(backoff_s * random.uniform(0.5, 1.0))  # noqa: S311  -- jitter
+            backoff_s = min(2 * backoff_s, MAX_BACKOFF_S)
+
+    async def _load(self) -> None:
+        book = await self.change(lambda stored: stored.upsert(self._initial, self.now_ms()))
+        if refused := [key.key_id for key in self._initial if key.key_id in book.revoked]:
+            log.warning("keys of INFERFLUX_API_KEYS stay revoked", extra={"key_ids": refused})
+        if not book.keys:
+            log.warning("no keys in the policy store: every request will be denied until one is created")
+        log.info("policy loaded", extra={"revision": book.revision, "num_keys": len(book.keys)})
+
+    def _repaired(self, stored: KeyBook) -> KeyBook:
+        book = stored.restore(self._memory, self.now_ms(), self._floor)
+        if stored.revision < self._memory.revision:
+            log.error("the policy store went back and is repaired from memory", extra={"revision": stored.revision})
+        return book
+
+    def _adopt(self, book: KeyBook) -> None:
+        """Merge instead of replacing: writes may come back in another order than they were made."""
+        self._memory = self._memory.merge(book)
+        self.feed.publish(self._memory.revision, self._memory)
+        SNAPSHOT_REVISION.labels("policy").set(self._memory.revision)
+
+    def _note(self, *, is_up: bool, reason: str = "") -> None:
+        STORE_UP.labels("policy").set(is_up)
+        if is_up is not self._is_up:
+            self._is_up = is_up
+            level = logging.INFO if is_up else logging.ERROR
+            log.log(level, "policy store is %s", "up" if is_up else "away", extra={"reason": reason})

@@ -1,0 +1,105 @@
+"""PolicyService on the wire: checks what comes in, calls the keeper, and is the only place with protobuf messages."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+
+from inferflux.errors import InvalidRequest
+from inferflux.v1 import policy_service_pb2 as pb
+from inferflux.v1.policy_service_pb2_grpc import PolicyServiceServicer
+from services.policy.book import KeyBook
+from services.policy.keeper import Keeper
+from services.policy.keys import Key, Scope, new_key, new_secret
+from services.policy.pepper import Pepper
+
+log = logging.getLogger(__name__)
+
+SERVICE = "/inferflux.v1.PolicyService/"
+CALLERS = {
+    SERVICE: frozenset({"operator", "gateway"}),
+    SERVICE + "WatchSnapshot": frozenset({"gateway"}),
+}
+SCOPES = {
+    Scope.GENERATE: pb.SCOPE_GENERATE,
+    Scope.READ: pb.SCOPE_READ,
+    Scope.ADMIN: pb.SCOPE_ADMIN,
+}
+SCOPES_FROM_PROTO = {number: scope for scope, number in SCOPES.items()}
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class PolicyServicer(PolicyServiceServicer):
+    """Callers are authorised by the server (see CALLERS) before anything here runs."""
+
+    def __init__(self, keeper: Keeper, pepper: Pepper) -> None:
+        self._keeper = keeper
+        self._pepper = pepper
+        self._snapshot = pb.PolicySnapshot()
+
+    async def WatchSnapshot(  # noqa: N802
+        self, request: pb.WatchSnapshotRequest, context: Context
+    ) -> AsyncIterator[pb.WatchSnapshotResponse]:
+        log.info("watch opened", extra={"gateway_id": request.gateway_id, "gateway_revision": request.revision})
+        await self._keeper.overtake(request.revision)
+        async for _, book in self._keeper.feed.watch(at_least=request.revision):
+            yield pb.WatchSnapshotResponse(snapshot=self._to_snapshot(book))
+
+    async def CreateKey(self, request: pb.CreateKeyRequest, context: Context) -> pb.CreateKeyResponse:  # noqa: N802
+        now_ms, secret = self._keeper.now_ms(), request.secret or new_secret()
+        key = new_key(
+            secret,
+            self._pepper,
+            name=request.name,
+            scopes=[_scope(number) for number in request.scopes],
+            tenant=request.tenant,
+            expires_at_ms=request.expires_at.ToMilliseconds() if request.HasField("expires_at") else None,
+            priority=request.priority,
+            now_ms=now_ms,
+        )
+        book = await self._keeper.change(lambda stored: stored.add(key, now_ms))
+        log.info("key created", extra={"key_id": key.key_id, "tenant": key.tenant, "revision": book.revision})
+        return pb.CreateKeyResponse(key=_to_record(key), secret=secret, revision=book.revision)
+
+    async def ListKeys(self, request: pb.ListKeysRequest, context: Context) -> pb.ListKeysResponse:  # noqa: N802
+        book = self._keeper.book()
+        keys = [_to_record(key) for key in book.live(self._keeper.now_ms())]
+        return pb.ListKeysResponse(keys=keys, revision=book.revision)
+
+    async def RevokeKey(self, request: pb.RevokeKeyRequest, context: Context) -> pb.RevokeKeyResponse:  # noqa: N802
+        now_ms = self._keeper.now_ms()
+        book = await self._keeper.change(lambda stored: stored.revoke(request.key_id, now_ms))
+        log.info("key revoked", extra={"key_id": request.key_id, "revision": book.revision})
+        return pb.RevokeKeyResponse(revision=book.revision)
+
+    def _to_snapshot(self, book: KeyBook) -> pb.PolicySnapshot:
+        """Convert a book once for all watchers."""
+        if self._snapshot.revision != book.revision:
+            keys = [_to_record(key, with_hash=True) for key in book.live(self._keeper.now_ms())]
+            self._snapshot = pb.PolicySnapshot(revision=book.revision, keys=keys)
+        return self._snapshot
+
+
+def _scope(number: int) -> Scope:
+    if number not in SCOPES_FROM_PROTO:
+        raise InvalidRequest(f"unknown scope {number}", param="scopes")
+    return SCOPES_FROM_PROTO[pb.Scope.ValueType(number)]
+
+
+def _to_record(key: Key, *, with_hash: bool = False) -> pb.KeyRecord:
+    record = pb.KeyRecord(
+        key_id=key.key_id,
+        secret_hash=key.secret_hash if with_hash else b"",
+        name=key.name,
+        tenant=key.tenant,
+        scopes=[SCOPES[scope] for scope in sorted(key.scopes)],
+        priority=key.priority,
+    )
+    record.created_at.FromMilliseconds(key.created_at_ms)
+    if key.expires_at_ms is not None:
+        record.expires_at.FromMilliseconds(key.expires_at_ms)
+    return record

@@ -1,0 +1,222 @@
+"""The reference pages say what the code says: each metric, setting, flag and error reason, and nothing that is gone."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import pkgutil
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from importlib.metadata import EntryPoint
+from pathlib import Path
+
+import click
+import pytest
+import typer.main
+from prometheus_client import Counter
+from prometheus_client.metrics import MetricWrapperBase
+
+import services
+from inferflux import errors
+from inferflux.cli.main import app
+from inferflux.config import CommonSettings, env_name
+from inferflux.errors import InferfluxError
+from inferflux.telemetry import metrics
+
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+PAGES = [*DOCS.rglob("*.md"), *ROOT.glob("*.md"), ROOT / "bench" / "README.md"]
+VARIABLE = re.compile(r"\b(?:INFERFLUX|INFERCTL|OTEL)_[A-Z][A-Z_]*[A-Z]\b")
+WORKERS = {"prefill": "Workers", "decode": "Workers"}
+
+
+def rows(text: str) -> dict[str, list[str]]:
+    """Read the tables of a page: first cell, without backticks, to the others."""
+    cells = [[c.strip() for c in re.split(r"(?<!\\)\|", line)[1:-1]] for line in text.splitlines() if line[:1] == "|"]
+    return {row[0].strip("`"): row[1:] for row in cells}
+
+
+def sections(text: str) -> dict[str, str]:
+    """Split a page at its headings, of any level."""
+    parts = re.split(r"^#+ (.+)$", text, flags=re.MULTILINE)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+def page(name: str) -> str:
+    return (DOCS / name).read_text()
+
+
+def metric_objects() -> list[MetricWrapperBase]:
+    return [m for m in vars(metrics).values() if isinstance(m, MetricWrapperBase)]
+
+
+def exposed_name(metric: MetricWrapperBase) -> str:
+    return f"{metric._name}_total" if isinstance(metric, Counter) else metric._name
+
+
+def settings() -> Iterator[tuple[str, type[CommonSettings]]]:
+    """Each service's settings, under the title of their section."""
+    for service in pkgutil.iter_modules(services.__path__):
+        importlib.import_module(f"services.{service.name}.__main__")
+    for cls in leaves(CommonSettings):
+        role = cls.__module__.split(".")[1]
+        if cls.__module__.startswith("services."):
+            yield WORKERS.get(role, role.capitalize()), cls
+
+
+def leaves(cls: type) -> list[type]:
+    """Subclasses that nobody subclasses."""
+    below = [leaf for sub in cls.__subclasses__() for leaf in leaves(sub)]
+    return below or [cls]
+
+
+def defaults(cls: type[CommonSettings]) -> dict[str, str]:
+    """Environment variable -> default as the pages write it."""
+    return {env_name(f.name): written(f.default) for f in dataclasses.fields(cls) if f.init}
+
+
+def written(default: object) -> str:
+    if default is dataclasses.MISSING:
+        return "required"
+    if default in ("", None, (), Path()):
+        return ""
+    if isinstance(default, tuple):
+        return ",".join(map(str, default))
+    return str(default).lower() if isinstance(default, bool) else str(default)
+
+
+def commands(command: click.Command, path: str) -> Iterator[tuple[str, click.Command]]:
+    """A command that does something, and all below it, by what one types."""
+    if not isinstance(command, click.Group) or command.invoke_without_command:
+        yield path, command
+    if isinstance(command, click.Group):
+        for name, sub in command.commands.items():
+            if not sub.hidden:
+                yield from commands(sub, f"{path} {name}")
+
+
+def flags(command: click.Command) -> list[str]:
+    options = [p for p in command.params if isinstance(p, click.Option) and not p.hidden]
+    return [name for option in options for name in (*option.opts, *option.secondary_opts) if name != "--help"]
+
+
+def error_classes(cls: type[InferfluxError] = InferfluxError) -> list[type[InferfluxError]]:
+    return [cls, *(below for sub in cls.__subclasses__() for below in error_classes(sub))]
+
+
+def variables_in(root: str) -> set[str]:
+    return {v for file in (ROOT / root).rglob("*.py") for v in VARIABLE.findall(file.read_text())}
+
+
+def test_every_metric_is_documented() -> None:
+    """docs/metrics.md has each metric with its labels, and no others."""
+    table = {name: cells for name, cells in rows(page("metrics.md")).items() if name.startswith("inferflux_")}
+
+    assert {exposed_name(m) for m in metric_objects()} == set(table)
+    for metric in metric_objects():
+        assert ", ".join(f"`{label}`" for label in metric._labelnames) == table[exposed_name(metric)][1]
+
+
+def test_every_setting_is_documented() -> None:
+    """docs/configuration.md has each setting of each service with its default."""
+    by_title = {title: rows(text) for title, text in sections(page("configuration.md")).items()}
+    found = list(settings())
+
+    assert len(found) == 5
+    for title, cls in found:
+        for variable, default in defaults(cls).items():
+            row = by_title[title].get(variable) or by_title["Every process"].get(variable)
+            assert row is not None, f"{variable} of {title} is not in docs/configuration.md"
+            assert row[0].strip("`") in (default, "required"), f"{variable} of {title}: default is {default!r}"
+
+
+def test_every_variable_is_documented() -> None:
+    """Variables named anywhere in the code are in docs/configuration.md, and those of the pages exist."""
+    known = {name for _, cls in settings() for name in defaults(cls)}
+    literal = variables_in("inferflux") | variables_in("services")
+    documented = set(VARIABLE.findall(page("configuration.md")))
+
+    assert literal <= documented
+    assert {v for file in PAGES for v in VARIABLE.findall(file.read_text())} <= known | literal
+
+
+def test_every_flag_is_documented() -> None:
+    """docs/cli.md has a section for each command, with each of its flags."""
+    by_title = sections(page("cli.md"))
+    found = dict(commands(typer.main.get_command(app), "inferctl"))
+
+    assert {f"`{name}`" for name in found} == {title for title in by_title if title.startswith("`inferctl")}
+    for name, command in found.items():
+        missing = [flag for flag in flags(command) if f"`{flag}" not in by_title[f"`{name}`"]]
+        assert not missing, f"{name}: {missing}"
+
+
+def test_every_error_is_documented() -> None:
+    """docs/errors.md has each reason with its HTTP status, gRPC code and whether to try again."""
+    table = rows(page("errors.md"))
+
+    for cls in error_classes():
+        retry = "yes" if cls.is_retryable else "no"
+        assert table[cls.reason][:3] == [str(cls.http_status), cls.grpc_code.name, retry], cls.reason
+    reasons = {cls.reason for cls in error_classes()}
+    assert {name for name in table if re.fullmatch(r"[A-Z]+(_[A-Z]+)*", name)} == reasons
+
+
+def test_the_error_tree_is_drawn() -> None:
+    """The drawing in inferflux/errors.py shows each class."""
+    missing = [cls.__name__ for cls in error_classes() if cls.__name__ not in str(errors.__doc__)]
+
+    assert [name for name in missing if getattr(errors, name, None)] == []
+
+
+def test_links_lead_somewhere() -> None:
+    """Relative links of the pages point at files."""
+    links = [(file, link) for file in PAGES for link in re.findall(r"\]\((?!https?:)([^)#]+)", file.read_text())]
+
+    assert [f"{f.name}: {link}" for f, link in links if not (f.parent / link).exists()] == []
+
+
+def test_the_walk_names_real_code() -> None:
+    """Paths in docs/walk.md exist, and so do the functions and classes it names in them."""
+    references = re.findall(r"`((?:inferflux|services)/[\w/]+\.py)(?:: ([\w.]+))?`", page("walk.md"))
+
+    assert references
+    for path, name in references:
+        defined = re.findall(r"^\s*(?:async def|def|class) (\w+)", (ROOT / path).read_text(), flags=re.MULTILINE)
+        assert set(filter(None, name.split("."))) <= set(defined), f"{path}: {name}"
+
+
+def test_make_targets_are_real() -> None:
+    """Make targets that the pages name exist."""
+    targets = set(re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    named = {t for file in PAGES for t in re.findall(r"(?:`|^)make ([a-z0-9-]+)", file.read_text(), flags=re.MULTILINE)}
+
+    assert named <= targets
+
+
+def test_entry_points_exist() -> None:
+    """Console scripts name functions that import, without an engine in sight."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+    for name, value in project["scripts"].items():
+        assert callable(EntryPoint(name, value, "console_scripts").load())
+
+
+@pytest.mark.parametrize("module", ["services.gateway.__main__", "services.policy.__main__", "inferflux.cli.main"])
+def test_light_processes_stay_light(module: str) -> None:
+    """The gateway, the control plane and the command line never import an engine."""
+    code = f"import {module}, sys; print(sorted({{'torch', 'vllm', 'transformers'}} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+
+    assert done.stdout.strip() == "[]"
+
+
+def test_import_contracts_hold() -> None:
+    """`lint-imports` finds no broken contract."""
+    command = [str(Path(sys.executable).parent / "lint-imports"), "--no-cache"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+
+    assert done.returncode == 0, done.stdout

@@ -1,0 +1,1 @@
+"""Real vLLM, the real model, real clients."""
