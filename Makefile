@@ -6,6 +6,7 @@ SHELL := /bin/bash
 
 PYTHON ?= python3
 ARGS ?=
+BENCH ?= gateway_cost
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -20,6 +21,7 @@ help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  \033[1m%-17s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(READY) ## Make .venv with everything in it (again only when pyproject.toml has changed)
+	@:
 
 $(READY): pyproject.toml scripts/setup.sh
 	@PYTHON=$(PYTHON) VENV=$(VENV) bash scripts/setup.sh
@@ -67,11 +69,8 @@ test-e2e: setup ## Real vLLM, real model, real clients
 	$(call say,end-to-end tests)
 	$(PYTEST) tests/e2e $(ARGS)
 
-bench: setup ## Run each benchmark of bench/README.md and print its table
-	$(call say,what a gateway costs)
-	$(BIN)/python bench/gateway_cost.py $(ARGS)
-	$(call say,disaggregated against aggregated)
-	$(BIN)/python bench/disagg.py $(ARGS)
+bench: setup ## Run a benchmark of bench/README.md, e.g. BENCH=disagg ARGS="--seconds 60"
+	$(BIN)/python -m bench.$(BENCH) $(ARGS)
 
 clean: ## Remove .venv and everything generated except inferflux/v1
 	rm -rf $(VENV) dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -57,9 +57,9 @@ def run(
     logs.setup(role, instance_id, settings.log_level)
     _set_name(instance_id)
     _follow_parent()
-    tracing.setup(role, instance_id, os.environ)
     lifecycle = Lifecycle(role, instance_id)
     try:
+        tracing.setup(role, instance_id, os.environ)
         if prepare is not None:
             prepare()
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:

@@ -45,7 +45,7 @@ pip_install() {
     "$VENV/bin/python" -m pip install --disable-pip-version-check --no-input --progress-bar off "$@" >"$LOG" 2>&1 &
     pid=$!
     while kill -0 "$pid" 2>/dev/null; do
-        for _ in 1 2 3 4 5; do kill -0 "$pid" 2>/dev/null && sleep 1; done || true
+        for _ in 1 2 3 4 5 6 7 8 9 10; do kill -0 "$pid" 2>/dev/null && sleep 1; done || true
         say "$(progress)"
     done
     wait "$pid" || status=$?

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Self
 
 import httpx
 
@@ -29,7 +29,7 @@ class Api:
         # trust_env off: a proxy from the environment must not see a key that is meant for this machine.
         self._client = httpx.Client(base_url=self.url, headers=headers, timeout=TIMEOUT, trust_env=False)
 
-    def __enter__(self) -> Api:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -100,7 +100,7 @@ class Errors:
                 hint = "inferctl quickstart starts a cluster; INFERCTL_URL names another one"
                 raise CliError(f"nothing answers at {self._url}", Exit.NOT_RUNNING, hint=hint) from error
             case httpx.HTTPError():
-                raise CliError(f"{self._url}: {error or type(error).__name__}") from error
+                raise CliError(f"{self._url}: {str(error) or type(error).__name__}") from error
             case ValueError():
                 raise CliError(f"{self._url} does not answer in JSON: not InferFlux?") from error
 

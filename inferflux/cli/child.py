@@ -67,6 +67,7 @@ class Child:
         self._keeper: asyncio.Task[None] | None = None
         self._is_wanted = True
         self._hurry = asyncio.Event()
+        self._has_started = asyncio.Event()
 
     @property
     def pid(self) -> int | None:
@@ -90,12 +91,14 @@ class Child:
 
     async def restart(self, grace_s: float) -> None:
         """Let it drain, then start it at once; returns when the new process runs."""
-        before = self.started_at
+        self._has_started.clear()
         self._hurry.set()
         self.signal(signal.SIGTERM)
-        if not await self._has_started_since(before, grace_s):
+        try:
+            await asyncio.wait_for(self._has_started.wait(), grace_s)
+        except TimeoutError:
             self.signal(signal.SIGKILL)
-            await self._has_started_since(before, grace_s)
+            await self._has_started.wait()
 
     async def stop(self, grace_s: float) -> None:
         """End it for good: SIGTERM, and SIGKILL after the grace. Idempotent."""
@@ -113,11 +116,11 @@ class Child:
 
     async def _keep(self) -> None:
         backoff = Backoff()
-        while self._is_wanted:
+        while not self._is_stopping():
             began_at = time.monotonic()
             self.last_exit = await self._live()
             is_asked = self._hurry.is_set()
-            if not self._is_wanted:
+            if self._is_stopping():
                 return
             self.restarts += not is_asked
             delay_s = backoff.after(time.monotonic() - began_at)
@@ -125,6 +128,9 @@ class Child:
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._hurry.wait(), delay_s)
             self._hurry.clear()
+
+    def _is_stopping(self) -> bool:
+        return not self._is_wanted
 
     async def _live(self) -> str:
         """Run the process once, from start to end; says how it ended."""
@@ -134,17 +140,12 @@ class Child:
         except OSError as e:
             return f"can't be started: {e}"
         self.started_at = time.time()
+        self._has_started.set()
         _log.info("%s started, pid %d", self.spec.id, self._running.pid)
         try:
             return describe(await self._running.wait())
         finally:
             self._running = None
-
-    async def _has_started_since(self, started_at: float, timeout_s: float) -> bool:
-        deadline = time.monotonic() + timeout_s
-        while self.started_at == started_at and time.monotonic() < deadline:
-            await asyncio.sleep(0.02)
-        return self.started_at != started_at
 
 
 class Spawned:

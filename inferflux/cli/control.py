@@ -1,8 +1,8 @@
 """The supervisor's control socket: one JSON line asks, one JSON line answers. Only its owner can connect (0600).
 
-    {"op": "status"}                          -> {"ok": true, "pid": ..., "options": {...}, "processes": [...]}
-    {"op": "stop"}                            -> {"ok": true}; the supervisor exits when all has stopped
-    {"op": "restart", "name": "decode"}       -> {"ok": true, "restarted": ["decode-0"]} once they run again
+{"op": "status"}                          -> {"ok": true, "pid": ..., "options": {...}, "processes": [...]}
+{"op": "stop"}                            -> {"ok": true}; the supervisor exits when all has stopped
+{"op": "restart", "name": "decode"}       -> {"ok": true, "restarted": ["decode-0"]} once they are ready again
 """
 
 from __future__ import annotations

@@ -93,7 +93,7 @@ def size_of(folder: Path) -> int:
     for root, _, names in os.walk(folder):
         for name in names:
             try:
-                total += os.lstat(os.path.join(root, name)).st_size
+                total += (Path(root) / name).lstat().st_size
             except OSError:
                 continue
     return total

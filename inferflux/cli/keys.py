@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 
 class Keys(Protocol):
-    """Where keys are managed. Documents have id, name, tenant, scopes, created_at, expires_at; new ones `secret` too."""
+    """Where keys are managed. Documents have id, name, tenant, scopes, created_at, expires_at; a new one its secret."""
 
     def list(self) -> list[Document]: ...
     def create(self, name: str, scopes: Sequence[str], tenant: str, expires_at: int | None) -> Document: ...

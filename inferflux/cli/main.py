@@ -1,4 +1,4 @@
-"""inferctl. Commands are thin: each imports what it needs and delegates, so that any of them starts in a fraction of a second."""
+"""inferctl. Commands are thin and import only what they need, so that any of them starts in a fraction of a second."""
 
 from __future__ import annotations
 
@@ -73,7 +73,9 @@ def quickstart(
     decode: Annotated[int, typer.Option(min=1, max=64, help="Decode workers.")] = 1,
     host: Annotated[str, typer.Option(help="Address the gateway listens on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 picks a free one.")] = 8080,
-    dtype: Annotated[Dtype, typer.Option(help="auto: bfloat16 where the CPU computes in it, else float32.")] = Dtype.AUTO,
+    dtype: Annotated[
+        Dtype, typer.Option(help="auto: bfloat16 where the CPU computes in it, else float32.")
+    ] = Dtype.AUTO,
     output: Output = Format.TABLE,
 ) -> None:
     """Start a cluster on this machine and say how to use it; Ctrl-C stops it."""

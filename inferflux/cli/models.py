@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from inferflux.cli import jobs, manifest
 from inferflux.cli.manifest import Manifest
@@ -82,7 +83,7 @@ def known(models_dir: Path) -> str:
 
 
 def public_name(folder: Path) -> str:
-    """Name a folder: its own name, or the repository's inside a Hugging Face cache (models--org--name/snapshots/...)."""
+    """Name a folder: its own name, or the repository's in a Hugging Face cache (models--org--name/snapshots/...)."""
     if folder.parent.name == "snapshots":
         return folder.parent.parent.name.rpartition("--")[2]
     return folder.name
@@ -119,7 +120,7 @@ def check_weights(folder: Path) -> list[str]:
     return weights
 
 
-def read_json(path: Path) -> dict[str, object]:
+def read_json(path: Path) -> dict[str, Any]:
     """Read an object. Raises ModelError."""
     try:
         document = json.loads(path.read_text())

@@ -6,6 +6,7 @@ Prefill and decode never share a core when there are two: a long prompt would ot
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 Cores = tuple[int, ...]
 
@@ -23,4 +24,4 @@ def share(cores: Sequence[int], num_workers: int) -> list[Cores]:
     if num_workers > len(cores):
         return [(cores[i % len(cores)],) for i in range(num_workers)]
     bounds = [len(cores) * i // num_workers for i in range(num_workers + 1)] if num_workers else []
-    return [tuple(cores[a:b]) for a, b in zip(bounds, bounds[1:], strict=False)]
+    return [tuple(cores[a:b]) for a, b in pairwise(bounds)]

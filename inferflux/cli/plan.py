@@ -24,6 +24,8 @@ VLLM_KV_BYTES = 512 * MIB
 SIM_ARENA_BYTES = 64 * MIB
 WORKER_ROLES = ("prefill", "decode")
 STOP_ORDER = (("gateway",), WORKER_ROLES, ("policy", "registry"), ("redis",))
+DRAIN = {"INFERFLUX_DRAIN_TIMEOUT_S": "10", "INFERFLUX_DRAIN_BUDGET_S": "10"}
+"""Who stops a cluster on a laptop does not wait ten minutes for a stream: then it ends with an error."""
 PRIVATE = ("INFERFLUX_API_KEYS", "INFERFLUX_REDIS_URL", "INFERCTL_API_KEY")
 """Secrets of our own environment that only those processes get that need them."""
 
@@ -35,6 +37,7 @@ class ClusterOptions:
     engine: str
     model: str
     model_dir: str = ""
+    model_digest: str = ""
     numerics_reference: str = ""
     prefill: int = 1
     decode: int = 1
@@ -75,16 +78,16 @@ class ProcessSpec:
 def plan(options: ClusterOptions, home: Home, cores: Sequence[int], environ: Mapping[str, str]) -> list[ProcessSpec]:
     """List the processes in the order in which they start. Raises ConfigError when socket paths get too long."""
     redis_url = environ.get("INFERFLUX_REDIS_URL", "")
-    base = {k: v for k, v in environ.items() if k not in PRIVATE} | common_env(home, options)
+    base = DRAIN | {k: v for k, v in environ.items() if k not in PRIVATE} | common_env(home, options)
     stores = {"INFERFLUX_REDIS_URL": redis_url or f"unix://{redis_socket(home)}"}
     keys = {k: environ[k] for k in ("INFERFLUX_API_KEYS",) if k in environ}
     gateway = {"INFERFLUX_HTTP_HOST": options.host, "INFERFLUX_HTTP_PORT": str(options.port)}
     return [
         *([] if redis_url else [redis(home, base)]),
-        service("policy", "policy", home, base | stores | keys),
-        service("registry", "registry", home, base | stores),
+        service("policy", 0, home, base | stores | keys, bind=home.socket("policy")),
+        service("registry", 0, home, base | stores, bind=home.socket("registry")),
         *workers(options, home, cores, base),
-        service("gateway", "gateway", home, base | gateway),
+        service("gateway", 0, home, base | gateway),
     ]
 
 
@@ -102,18 +105,31 @@ def common_env(home: Home, options: ClusterOptions) -> dict[str, str]:
     }
 
 
-def service(role: str, name: str, home: Home, env: Mapping[str, str], cores: Cores = ()) -> ProcessSpec:
+def service(
+    role: str, number: int, home: Home, env: Mapping[str, str], cores: Cores = (), bind: str = ""
+) -> ProcessSpec:
     """Describe a process that has a console script and an ops socket."""
+    name = f"{role}-{number}"
     ops = home.socket(f"{name}.ops")
-    own = {"INFERFLUX_INSTANCE_ID": name, "INFERFLUX_BIND": home.socket(name), "INFERFLUX_OPS_ADDRESS": ops}
+    own = {
+        "INFERFLUX_INSTANCE_ID": name,
+        "INFERFLUX_BIND": bind or home.socket(name),
+        "INFERFLUX_OPS_ADDRESS": ops,
+    }
     command = (str(Path(sys.executable).parent / f"inferflux-{role}"),)
     socket = Path(ops.removeprefix("unix:"))
-    return ProcessSpec(role, name, command, socket, home.logs / f"{name}.log", {**env, **own}, cores)
+    return ProcessSpec(
+        role,
+        name,
+        command,
+        socket,
+        home.logs / f"{name}.log",
+        {**env, **own},
+        cores,
+    )
 
 
-def workers(
-    options: ClusterOptions, home: Home, cores: Sequence[int], base: Mapping[str, str]
-) -> list[ProcessSpec]:
+def workers(options: ClusterOptions, home: Home, cores: Sequence[int], base: Mapping[str, str]) -> list[ProcessSpec]:
     """Describe the workers; the user's own INFERFLUX_KV_CACHE_BYTES and the like win over our defaults."""
     # A simulator sleeps instead of computing: pinning it would only get in the way of what is measured with it.
     pinned = cores if options.engine == "vllm" else ()
@@ -125,7 +141,7 @@ def workers(
             env = {**worker_defaults(options, places[i]), **base, **worker_env(options)}
             # OpenMP reads it when torch is loaded, before any of our code can say it.
             env["OMP_NUM_THREADS"] = env["INFERFLUX_THREADS"]
-            specs.append(service(role, f"{role}-{i}", home, env, places[i]))
+            specs.append(service(role, i, home, env, places[i]))
     return specs
 
 
@@ -145,6 +161,8 @@ def worker_env(options: ClusterOptions) -> dict[str, str]:
     env = {"INFERFLUX_ENGINE": options.engine, "INFERFLUX_MODEL": options.model, "INFERFLUX_DTYPE": options.dtype}
     if options.model_dir:
         env["INFERFLUX_MODEL_DIR"] = options.model_dir
+    if options.model_digest:
+        env["INFERFLUX_MODEL_DIGEST"] = options.model_digest
     if options.numerics_reference:
         env["INFERFLUX_NUMERICS_REFERENCE"] = options.numerics_reference
     return env
@@ -168,7 +186,7 @@ def redis(home: Home, env: Mapping[str, str]) -> ProcessSpec:
         "daemonize": "no",
     }
     command = (str(redis_binary()), *(part for k, v in flags.items() for part in (f"--{k}", v)))
-    return ProcessSpec("redis", "redis", command, Path(path), home.logs / "redis.log", env)
+    return ProcessSpec("redis", "redis-0", command, Path(path), home.logs / "redis-0.log", env)
 
 
 def redis_binary() -> Path:

@@ -31,7 +31,9 @@ class Steps:
         self._bars.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._bars.stop()
 
     def update(self, name: str, fraction: float | None, detail: str = "") -> None:
@@ -42,12 +44,12 @@ class Steps:
         total = None if fraction is None else 1.0
         self._bars.update(self._tasks[name], total=total, completed=fraction or 0.0, detail=detail)
 
-    def finish(self, name: str, detail: str = "") -> None:
+    def finish(self, name: str, done: str = "done") -> None:
         """Mark a step as done."""
-        self.update(name, 1.0, detail)
+        self.update(name, 1.0, done)
         began_at = self._began_at.pop(name, None)
         if began_at is not None and not self._console.is_terminal:
-            self._console.print(f"{name}: done in {time.monotonic() - began_at:.1f} s {detail}".rstrip(), markup=False)
+            self._console.print(f"{name}: {done} after {time.monotonic() - began_at:.1f} s", markup=False)
 
     def finish_all(self) -> None:
         """Mark everything that was begun as done."""

@@ -18,7 +18,7 @@ from inferflux.cli.progress import Steps
 from inferflux.errors import InferfluxError
 from inferflux.paths import Home, models_dir
 
-SIMULATOR = "THIS IS A SIMULATOR: the sim engine runs no model, its answers mean nothing. For tests and capacity studies."
+SIMULATOR = "THIS IS A SIMULATOR: the sim engine runs no model and its answers mean nothing. For tests and studies."
 FIRST_KEY = "quickstart"
 
 
@@ -53,8 +53,8 @@ def tell_running(status: dict[str, Any], output: Format) -> None:
         print_json({"already_running": True, **status})
         return
     num_ready = sum(p["ready"] for p in status["processes"])
-    note(f"already running: {options.model} ({options.engine}) at {status['url']}, ")
-    note(f"  {num_ready} of {len(status['processes'])} processes ready; `inferctl status` shows them, ")
+    note(f"already running: {options.model} ({options.engine}) at {status['url']}")
+    note(f"  {num_ready} of {len(status['processes'])} processes are ready; `inferctl status` shows them,")
     note("  `inferctl server stop` stops them")
 
 
@@ -99,6 +99,7 @@ def prepare(options: ClusterOptions, model: str | None, steps: Steps) -> Cluster
         options,
         model=prepared.name,
         model_dir=str(prepared.folder),
+        model_digest=prepared.weights_digest,
         numerics_reference=str(prepared.reference or ""),
     )
 
@@ -107,7 +108,7 @@ def show(processes: launch.Processes, steps: Steps) -> None:
     """Show each process's way to readiness."""
     for p in processes:
         if p["ready"]:
-            steps.finish(p["id"])
+            steps.finish(p["id"], "ready")
         else:
             steps.update(p["id"], None, p["reason"])
 
@@ -124,7 +125,9 @@ def create_first_key(home: Home) -> str | None:
     return secret
 
 
-def welcome(options: ClusterOptions, status: dict[str, Any], secret: str | None, *, detach: bool, output: Format) -> None:
+def welcome(
+    options: ClusterOptions, status: dict[str, Any], secret: str | None, *, detach: bool, output: Format
+) -> None:
     """Say where it is, the key (this once) and what to try."""
     if output is Format.JSON:
         print_json({"url": options.url, "api_key": secret, "detached": detach, **status})

@@ -16,7 +16,8 @@ from inferflux.cli.plan import ClusterOptions
 from inferflux.cli.state import ClusterState
 from inferflux.paths import Home
 
-RESTART_S = 120.0
+# Each of a role's processes may drain, load its model and warm up before the next one goes.
+RESTART_S = 3600.0
 FOLLOW_POLL_S = 0.3
 COLUMNS = ("id", "role", "pid", "state", "restarts", "uptime", "incarnation", "reason")
 
@@ -54,7 +55,9 @@ def show_models(output: Format) -> None:
     if output is Format.JSON:
         print_json(answer)
         return
-    print_table(("id", "owner", "context"), ((m["id"], m.get("owned_by"), m.get("max_model_len")) for m in answer["data"]))
+    print_table(
+        ("id", "owner", "context"), ((m["id"], m.get("owned_by"), m.get("max_model_len")) for m in answer["data"])
+    )
 
 
 def start(output: Format) -> None:
@@ -66,7 +69,12 @@ def start(output: Format) -> None:
         raise CliError("nothing was started here yet", hint="inferctl quickstart starts a cluster")
     options = earlier.options
     model = options.model_dir or options.model
-    quickstart(replace(options, model="", model_dir="", numerics_reference=""), model, detach=True, output=output)
+    quickstart(
+        replace(options, model="", model_dir="", model_digest="", numerics_reference=""),
+        model,
+        detach=True,
+        output=output,
+    )
 
 
 def stop(output: Format) -> None:
@@ -79,7 +87,7 @@ def stop(output: Format) -> None:
 
 
 def restart(name: str | None, output: Format) -> None:
-    """Restart some processes and wait until they run, or the whole cluster and wait until it is ready."""
+    """Restart some processes, or the whole cluster, and wait until they are ready."""
     home = Home.from_env(os.environ)
     if name is None:
         launch.stop(home)

@@ -31,6 +31,8 @@ from inferflux.telemetry import logs
 EXIT_OK, EXIT_FAILED, EXIT_RUNNING = 0, 1, 3
 STOP_GRACE_S = 15.0
 REDIS_READY_S = 10.0
+RESTART_READY_S = 300.0
+READY_POLL_S = 0.05
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _log = logging.getLogger("inferflux.cli.supervisor")  # __name__ is __main__
 
@@ -73,17 +75,17 @@ class Supervisor:
         """Start Redis and wait for it, so that the services do not begin with an error; then all others at once."""
         for child in self._of_roles("redis"):
             child.start()
-            await self._until_ready(child)
+            await self._until_ready(child, REDIS_READY_S)
         for child in self._children:
             if child.spec.role != "redis" and not self._stop.is_set():
                 child.start()
 
-    async def _until_ready(self, child: Child) -> None:
-        deadline = time.monotonic() + REDIS_READY_S
+    async def _until_ready(self, child: Child, timeout_s: float) -> None:
+        deadline = time.monotonic() + timeout_s
         while not (await probe.ask(child.spec.role, child.spec.socket)).ready:
             if self._stop.is_set() or time.monotonic() > deadline:
                 return
-            await asyncio.sleep(0.02)
+            await asyncio.sleep(READY_POLL_S)
 
     async def _stop_all(self) -> None:
         for roles in STOP_ORDER:
@@ -132,6 +134,7 @@ class Supervisor:
             raise ValueError(f"no process {name!r}; there are {ids}")
         for child in chosen:
             await child.restart(STOP_GRACE_S)
+            await self._until_ready(child, RESTART_READY_S)
         return {"restarted": [child.spec.id for child in chosen]}
 
 
@@ -143,7 +146,7 @@ async def describe(child: Child) -> dict[str, Any]:
     return {
         "role": child.spec.role,
         "id": child.spec.id,
-        "incarnation": readiness.incarnation or child.incarnation,
+        "incarnation": child.incarnation if child.spec.role == "redis" else readiness.incarnation,
         "pid": pid,
         "ready": is_running and readiness.ready,
         "running": is_running,
@@ -172,7 +175,7 @@ def main(argv: Sequence[str]) -> int:
             pki.ensure_secrets(home.secrets)
             specs = plan(options, home, sorted(os.sched_getaffinity(0)), os.environ)
         except ConfigError as e:
-            _log.error("can't start: %s", e.message)  # noqa: TRY400 - the message says it all
+            _log.error("can't start: %s", e.message)
             return EXIT_FAILED
         asyncio.run(Supervisor(home, options, specs).run())
     return EXIT_OK

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -35,15 +35,16 @@ class Sampling:
 
 def chat(prompt: str | None, sampling: Sampling, output: Format) -> None:
     """Answer one message."""
+    messages = [{"role": "user", "content": text_of(prompt)}]
     with Api() as api:
-        body = {**sampling.body(api), "messages": [{"role": "user", "content": text_of(prompt)}]}
-        answer(api, CHAT, body, sampling, output)
+        answer(api, CHAT, {**sampling.body(api), "messages": messages}, sampling, output)
 
 
 def complete(prompt: str | None, sampling: Sampling, output: Format) -> None:
     """Continue one text."""
+    text = text_of(prompt)
     with Api() as api:
-        answer(api, COMPLETIONS, {**sampling.body(api), "prompt": text_of(prompt)}, sampling, output)
+        answer(api, COMPLETIONS, {**sampling.body(api), "prompt": text}, sampling, output)
 
 
 def converse(first: str | None, sampling: Sampling) -> None:
@@ -79,7 +80,7 @@ def prompts(first: str | None) -> Iterator[str]:
             yield line
 
 
-def say(parts: Iterator[str]) -> str:
+def say(parts: Generator[str]) -> str:
     """Print an answer as it comes; Ctrl-C ends it there. Returns what was said."""
     said = ""
     try:
@@ -87,7 +88,7 @@ def say(parts: Iterator[str]) -> str:
             said += part
             write(part)
     except KeyboardInterrupt:
-        parts.close()  # type: ignore[attr-defined] - a generator: closing it ends the request
+        parts.close()  # ends the request too
     except CliError as e:
         note(f"inferctl: {e.message}")
     write("\n")
@@ -107,7 +108,7 @@ def answer(api: Api, path: str, body: dict[str, Any], sampling: Sampling, output
     write("\n")
 
 
-def deltas(api: Api, path: str, body: dict[str, Any]) -> Iterator[str]:
+def deltas(api: Api, path: str, body: dict[str, Any]) -> Generator[str]:
     """Yield the text of each event."""
     for event in api.stream(path, body):
         for choice in event.get("choices", ()):

@@ -14,7 +14,7 @@ BF16_FLAGS = {"avx512_bf16", "amx_bf16"}
 def auto_dtype(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
     """What `auto` means on a CPU: bfloat16 where the instruction set has it, else float32.
 
-    Emulated bfloat16 is slower, not faster: prefill took 5 times as long as float32 on a CPU with AVX2 only (EPYC 7003).
+    Emulated bfloat16 is slower: prefill took 5 times as long as float32 on a CPU with AVX2 only (EPYC 7003).
     """
     try:
         flags = set(cpuinfo.read_text().split())

@@ -16,6 +16,7 @@ import json
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from inferflux.errors import ConfigError
 
@@ -37,7 +38,7 @@ class NumericsReference:
     def __post_init__(self) -> None:
         n = len(self.prompt_token_ids)
         lengths = (len(self.top1_ids), len(self.top1_logprobs), len(self.next_logprobs))
-        if n < 2 or lengths != (n, n, n - 1) or not self.greedy_ids:  # noqa: PLR2004 - one prediction needs two tokens
+        if n < 2 or lengths != (n, n, n - 1) or not self.greedy_ids:
             raise ConfigError(f"numerics reference: {n} prompt tokens with lists of {lengths} values")
 
 
@@ -47,7 +48,7 @@ def load(path: Path) -> NumericsReference:
         document = json.loads(path.read_text())
         if document.pop("format") != FORMAT:
             raise ConfigError(f"numerics reference {path}: not format {FORMAT}")
-        fields = {k: tuple(v) if isinstance(v, list) else v for k, v in document.items()}
+        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in document.items()}
         return NumericsReference(**fields)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         raise ConfigError(f"numerics reference {path}: {type(e).__name__}: {e}") from e

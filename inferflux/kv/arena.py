@@ -31,7 +31,7 @@ from typing import Self, cast
 import numpy as np
 import numpy.typing as npt
 
-from inferflux.errors import ArenaFull, KvStale, KvUnreachable
+from inferflux.errors import ArenaFull, ConfigError, KvStale, KvUnreachable
 from inferflux.kv.digests import DIGEST_BYTES
 
 PAGE = 4096
@@ -181,14 +181,17 @@ class Arena(_Mapping):
 
     @classmethod
     def create(cls, num_bytes: int) -> Self:
-        """Reserve and fault in `num_bytes` (rounded up to pages). The first touch of memory costs seconds per GiB."""
+        """Reserve and fault in `num_bytes` (rounded up to pages). The first touch of memory costs seconds per GiB.
+
+        Raises ConfigError when the system does not give that much.
+        """
         fd = os.memfd_create("inferflux-arena", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
             os.ftruncate(fd, _page_up(num_bytes))
             return cls(fd, _map_writable(fd), owns_fd=True)
-        except BaseException:
+        except (OSError, ValueError) as e:  # ValueError: mmap of nothing
             os.close(fd)
-            raise
+            raise ConfigError(f"no memory for a KV arena of {num_bytes} bytes: {e}") from e
 
     @classmethod
     def attach(cls, fd: int) -> Self:

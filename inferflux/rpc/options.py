@@ -30,7 +30,7 @@ CHANNEL_OPTIONS: tuple[tuple[str, Any], ...] = (
     # A restarted peer is found again within a second; gRPC's own default waits up to two minutes.
     ("grpc.initial_reconnect_backoff_ms", 50),
     ("grpc.max_reconnect_backoff_ms", 1_000),
-    ("grpc.min_reconnect_backoff_ms", 1_000),
+    ("grpc.min_reconnect_backoff_ms", 3_000),  # time for one attempt: a TLS handshake with a peer that is starved
     ("grpc.use_local_subchannel_pool", 1),  # one channel's backoff must not delay another's
     ("grpc.enable_http_proxy", 0),  # a proxy in the environment is for the Internet, not for the cluster
     ("grpc.service_config_disable_resolution", 1),

@@ -40,14 +40,16 @@ class RpcServer:
         self._identity = identity
         self._address = address
         self.grpc = grpc.aio.server(interceptors=[Border(callers)], options=SERVER_OPTIONS)
+        self._has_started = False
 
     async def start(self) -> str:
         """Listen and serve; returns the actual address. Raises ConfigError when the address can't be used."""
         try:
             port = self.grpc.add_secure_port(self._address, self._identity.server_credentials())
         except RuntimeError as e:
+            await self.stop()
             raise ConfigError(f"gRPC cannot listen on {self._address}: in use or not valid") from e
-        await self.grpc.start()
+        await self._start()
         if self._address.startswith("unix:"):
             os.chmod(self._address[5:], 0o600)  # noqa: PTH101  -- one syscall
             return self._address
@@ -55,7 +57,13 @@ class RpcServer:
 
     async def stop(self, grace_s: float | None = None) -> None:
         """Refuse new calls, let running ones finish for `grace_s`, then cancel them. Idempotent."""
+        if not self._has_started:  # gRPC 1.85 crashes the interpreter when such a server is garbage-collected
+            await self._start()
         await self.grpc.stop(grace_s)
+
+    async def _start(self) -> None:
+        self._has_started = True
+        await self.grpc.start()
 
 
 class Border(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in its stubs only

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -15,6 +16,7 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 
 from inferflux.telemetry.tracing import Attributes, AttributeValue
 
+FLUSH_TIMEOUT_S = 2.0
 _PROPAGATOR = TraceContextTextMapPropagator()
 
 
@@ -39,7 +41,8 @@ class OtelTracer:
 
     def __init__(self, role: str, instance_id: str, ratio: float, exporter: SpanExporter | None = None) -> None:
         resource = Resource.create({"service.name": f"inferflux-{role}", "service.instance.id": instance_id})
-        self._provider = TracerProvider(resource=resource, sampler=ParentBased(TraceIdRatioBased(ratio)))
+        sampler = ParentBased(TraceIdRatioBased(ratio))
+        self._provider = TracerProvider(resource=resource, sampler=sampler, shutdown_on_exit=False)
         self._provider.add_span_processor(BatchSpanProcessor(exporter or OTLPSpanExporter()))
         self._tracer = self._provider.get_tracer("inferflux")
 
@@ -57,9 +60,13 @@ class OtelTracer:
             span.end()
 
     def shutdown(self) -> None:
-        """Flush, waiting a few seconds at most."""
-        self._provider.force_flush(2_000)
-        self._provider.shutdown()
+        """Send what is left if the collector takes it within a moment.
+
+        The exporter itself would retry an absent collector for 15 s, and a drained process has to end.
+        """
+        flush = threading.Thread(target=self._provider.shutdown, name="otel-flush", daemon=True)
+        flush.start()
+        flush.join(FLUSH_TIMEOUT_S)
 
 
 def _inject(span: trace.Span) -> str:

@@ -12,7 +12,6 @@ from collections.abc import Iterator, Sequence
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import HistogramMetricFamily
 from prometheus_client.registry import Collector
-from prometheus_client.utils import floatToGoString
 
 
 class Tally:
@@ -53,7 +52,7 @@ class TallyHistogram(Collector):
     def collect(self) -> Iterator[HistogramMetricFamily]:
         """Give Prometheus's cumulative form."""
         family = HistogramMetricFamily(self._name, self._documentation, labels=[self._label])
-        names = [*(floatToGoString(bound) for bound in self._buckets), "+Inf"]
+        names = [*map(str, self._buckets), "+Inf"]
         for value, tally in self._tallies.items():
             cumulative, total = [], 0
             for name, number in zip(names, tally.counts, strict=True):

@@ -1,7 +1,7 @@
 """Distributed traces, free when off.
 
-Tracing is on when OTEL_EXPORTER_OTLP_ENDPOINT is set; only then OpenTelemetry is imported, at the first span, so that
-a worker that forks its engine before it serves has no exporter threads yet. When off, spans do nothing but pass the
+Tracing is on when OTEL_EXPORTER_OTLP_ENDPOINT is set; only then OpenTelemetry is imported. Its exporter, with its
+threads, starts at the first span: a worker forks its engine before it serves. When off, spans do nothing but pass the
 caller's W3C traceparent on.
 
     with tracing.start_span("prefill", parent_traceparent=context.traceparent) as span:
@@ -16,7 +16,11 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Protocol, Self
 
+from inferflux.errors import ConfigError
+
 ENDPOINT_VARIABLE = "OTEL_EXPORTER_OTLP_ENDPOINT"
+RATIO_VARIABLE = "OTEL_TRACES_SAMPLER_ARG"
+DEFAULT_RATIO = "0.1"
 _TRACEPARENT = re.compile(r"00-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
 AttributeValue = str | bool | int | float
 
@@ -79,14 +83,14 @@ def start_span(
 
 
 def setup(role: str, instance_id: str, environ: Mapping[str, str]) -> None:
-    """Turn tracing on if the environment names an OTLP endpoint. Starts nothing before the first span."""
+    """Turn tracing on if the environment names an OTLP endpoint. Raises ConfigError."""
     if not environ.get(ENDPOINT_VARIABLE):
         return
-    ratio = float(environ.get("OTEL_TRACES_SAMPLER_ARG") or 0.1)
+    from inferflux.telemetry.otel import OtelTracer  # noqa: PLC0415  -- half a second and 10 MB, only when on
+
+    ratio = _ratio(environ)
 
     def start_first(name: str, parent_traceparent: str, attributes: Attributes) -> AbstractContextManager[Span]:
-        from inferflux.telemetry.otel import OtelTracer  # noqa: PLC0415  -- 20 MB that idle tracing need not cost
-
         tracer = OtelTracer(role, instance_id, ratio)
         _Tracer.start, _Tracer.shutdown = tracer.start, tracer.shutdown
         return tracer.start(name, parent_traceparent, attributes)
@@ -95,9 +99,21 @@ def setup(role: str, instance_id: str, environ: Mapping[str, str]) -> None:
 
 
 def shutdown() -> None:
-    """Send what is left and turn tracing off."""
+    """Send what is left, within a bounded time, and turn tracing off."""
     _Tracer.shutdown()
     _Tracer.start, _Tracer.shutdown = _start_passing, lambda: None
+
+
+def _ratio(environ: Mapping[str, str]) -> float:
+    """Read the share of new traces to record."""
+    text = environ.get(RATIO_VARIABLE) or DEFAULT_RATIO
+    try:
+        ratio = float(text)
+    except ValueError:
+        ratio = -1.0
+    if not 0.0 <= ratio <= 1.0:
+        raise ConfigError(f"{RATIO_VARIABLE}: must be a number from 0 to 1, is {text!r}")
+    return ratio
 
 
 def _valid(traceparent: str | None) -> str:

@@ -26,7 +26,7 @@ from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb
 from inferflux.v1 import types_pb2 as inferflux_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"inferflux/v1/prefill_service.proto\x12\x0cinferflux.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x18inferflux/v1/types.proto\"y\n\x0ePrefillRequest\x12-\n\x07\x63ontext\x18\x01 \x01(\x0b\x32\x1c.inferflux.v1.RequestContext\x12$\n\x04\x63\x61ll\x18\x02 \x01(\x0b\x32\x16.inferflux.v1.HttpCall\x12\x12\n\nsession_id\x18\x03 \x01(\t\"\xa6\x01\n\x0fPrefillResponse\x12,\n\tprefilled\x18\x01 \x01(\x0b\x32\x17.inferflux.v1.PrefilledH\x00\x12*\n\x06\x61nswer\x18\x02 \x01(\x0b\x32\x18.inferflux.v1.HttpAnswerH\x00\x12.\n\x0b\x65ngine_time\x18\x03 \x01(\x0b\x32\x19.google.protobuf.DurationB\t\n\x07outcome\";\n\tPrefilled\x12.\n\x07prompts\x18\x01 \x03(\x0b\x32\x1d.inferflux.v1.PrefilledPrompt\"1\n\x0eReleaseRequest\x12\x12\n\nticket_ids\x18\x01 \x03(\t\x12\x0b\n\x03why\x18\x02 \x01(\t\"\'\n\x0fReleaseResponse\x12\x14\n\x0cnum_released\x18\x01 \x01(\r\"b\n\x0bWarmRequest\x12-\n\x07\x63ontext\x18\x01 \x01(\x0b\x32\x1c.inferflux.v1.RequestContext\x12$\n\x04\x63\x61ll\x18\x02 \x01(\x0b\x32\x16.inferflux.v1.HttpCall\"\"\n\x0cWarmResponse\x12\x12\n\nnum_tokens\x18\x01 \x01(\r\"6\n\x0cWatchRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x12\n\ngateway_id\x18\x02 \x01(\t\"3\n\rWatchResponse\x12\"\n\x05pulse\x18\x01 \x01(\x0b\x32\x13.inferflux.v1.Pulse2\xa3\x02\n\x0ePrefillService\x12\x46\n\x07Prefill\x12\x1c.inferflux.v1.PrefillRequest\x1a\x1d.inferflux.v1.PrefillResponse\x12\x46\n\x07Release\x12\x1c.inferflux.v1.ReleaseRequest\x1a\x1d.inferflux.v1.ReleaseResponse\x12=\n\x04Warm\x12\x19.inferflux.v1.WarmRequest\x1a\x1a.inferflux.v1.WarmResponse\x12\x42\n\x05Watch\x12\x1a.inferflux.v1.WatchRequest\x1a\x1b.inferflux.v1.WatchResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"inferflux/v1/prefill_service.proto\x12\x0cinferflux.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x18inferflux/v1/types.proto\"y\n\x0ePrefillRequest\x12-\n\x07\x63ontext\x18\x01 \x01(\x0b\x32\x1c.inferflux.v1.RequestContext\x12$\n\x04\x63\x61ll\x18\x02 \x01(\x0b\x32\x16.inferflux.v1.HttpCall\x12\x12\n\nsession_id\x18\x03 \x01(\t\"\xa6\x01\n\x0fPrefillResponse\x12,\n\tprefilled\x18\x01 \x01(\x0b\x32\x17.inferflux.v1.PrefilledH\x00\x12*\n\x06\x61nswer\x18\x02 \x01(\x0b\x32\x18.inferflux.v1.HttpAnswerH\x00\x12.\n\x0b\x65ngine_time\x18\x03 \x01(\x0b\x32\x19.google.protobuf.DurationB\t\n\x07outcome\";\n\tPrefilled\x12.\n\x07prompts\x18\x01 \x03(\x0b\x32\x1d.inferflux.v1.PrefilledPrompt\"F\n\x0eReleaseRequest\x12\x12\n\nticket_ids\x18\x01 \x03(\t\x12\x0b\n\x03why\x18\x02 \x01(\t\x12\x13\n\x0brequest_ids\x18\x03 \x03(\t\"\'\n\x0fReleaseResponse\x12\x14\n\x0cnum_released\x18\x01 \x01(\r\"b\n\x0bWarmRequest\x12-\n\x07\x63ontext\x18\x01 \x01(\x0b\x32\x1c.inferflux.v1.RequestContext\x12$\n\x04\x63\x61ll\x18\x02 \x01(\x0b\x32\x16.inferflux.v1.HttpCall\"\"\n\x0cWarmResponse\x12\x12\n\nnum_tokens\x18\x01 \x01(\r\"6\n\x0cWatchRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x12\n\ngateway_id\x18\x02 \x01(\t\"3\n\rWatchResponse\x12\"\n\x05pulse\x18\x01 \x01(\x0b\x32\x13.inferflux.v1.Pulse2\xa3\x02\n\x0ePrefillService\x12\x46\n\x07Prefill\x12\x1c.inferflux.v1.PrefillRequest\x1a\x1d.inferflux.v1.PrefillResponse\x12\x46\n\x07Release\x12\x1c.inferflux.v1.ReleaseRequest\x1a\x1d.inferflux.v1.ReleaseResponse\x12=\n\x04Warm\x12\x19.inferflux.v1.WarmRequest\x1a\x1a.inferflux.v1.WarmResponse\x12\x42\n\x05Watch\x12\x1a.inferflux.v1.WatchRequest\x1a\x1b.inferflux.v1.WatchResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -40,17 +40,17 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PREFILLED']._serialized_start=402
   _globals['_PREFILLED']._serialized_end=461
   _globals['_RELEASEREQUEST']._serialized_start=463
-  _globals['_RELEASEREQUEST']._serialized_end=512
-  _globals['_RELEASERESPONSE']._serialized_start=514
-  _globals['_RELEASERESPONSE']._serialized_end=553
-  _globals['_WARMREQUEST']._serialized_start=555
-  _globals['_WARMREQUEST']._serialized_end=653
-  _globals['_WARMRESPONSE']._serialized_start=655
-  _globals['_WARMRESPONSE']._serialized_end=689
-  _globals['_WATCHREQUEST']._serialized_start=691
-  _globals['_WATCHREQUEST']._serialized_end=745
-  _globals['_WATCHRESPONSE']._serialized_start=747
-  _globals['_WATCHRESPONSE']._serialized_end=798
-  _globals['_PREFILLSERVICE']._serialized_start=801
-  _globals['_PREFILLSERVICE']._serialized_end=1092
+  _globals['_RELEASEREQUEST']._serialized_end=533
+  _globals['_RELEASERESPONSE']._serialized_start=535
+  _globals['_RELEASERESPONSE']._serialized_end=574
+  _globals['_WARMREQUEST']._serialized_start=576
+  _globals['_WARMREQUEST']._serialized_end=674
+  _globals['_WARMRESPONSE']._serialized_start=676
+  _globals['_WARMRESPONSE']._serialized_end=710
+  _globals['_WATCHREQUEST']._serialized_start=712
+  _globals['_WATCHREQUEST']._serialized_end=766
+  _globals['_WATCHRESPONSE']._serialized_start=768
+  _globals['_WATCHRESPONSE']._serialized_end=819
+  _globals['_PREFILLSERVICE']._serialized_start=822
+  _globals['_PREFILLSERVICE']._serialized_end=1113
 # @@protoc_insertion_point(module_scope)

@@ -124,21 +124,29 @@ class ReleaseRequest(_message.Message):
 
     TICKET_IDS_FIELD_NUMBER: _builtins.int
     WHY_FIELD_NUMBER: _builtins.int
+    REQUEST_IDS_FIELD_NUMBER: _builtins.int
     why: _builtins.str
-    """Why, for metrics: committed, cancelled, rejected, failed."""
+    """Why, for metrics: committed, recomputed, unneeded, cancelled, rejected, failed."""
     @_builtins.property
     def ticket_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Tickets to end."""
+
+    @_builtins.property
+    def request_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Requests all of whose tickets to end. For callers that cancelled Prefill and never saw its answer, which may have
+        been on its way already.
+        """
 
     def __init__(
         self,
         *,
         ticket_ids: _abc.Iterable[_builtins.str] | None = ...,
         why: _builtins.str = ...,
+        request_ids: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ticket_ids", b"ticket_ids", "why", b"why"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["request_ids", b"request_ids", "ticket_ids", b"ticket_ids", "why", b"why"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

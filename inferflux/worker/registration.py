@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from contextlib import suppress
+from typing import TYPE_CHECKING
 
 import grpc
 
@@ -15,8 +16,11 @@ from inferflux.errors import InferfluxError
 from inferflux.rpc.client import translated_errors
 from inferflux.types import ROLE_TO_PROTO, STATE_TO_PROTO
 from inferflux.v1 import registry_service_pb2 as pb
-from inferflux.v1.registry_service_pb2_grpc import RegistryServiceAsyncStub, RegistryServiceStub
+from inferflux.v1.registry_service_pb2_grpc import RegistryServiceStub
 from inferflux.worker.worker import Worker
+
+if TYPE_CHECKING:
+    from inferflux.v1.registry_service_pb2_grpc import RegistryServiceAsyncStub
 
 PERIOD_S = 1.0
 TIMEOUT_S = 1.0

@@ -26,6 +26,8 @@ class WorkerSettings(CommonSettings):
     """vllm serves users; sim serves tests and studies."""
     model_dir: Path | None = None
     """Hugging Face folder of the model; vllm needs it."""
+    model_digest: str = ""
+    """SHA-256 over the model's files, lower-case hex; workers share KV only when theirs are equal."""
     dtype: str = "auto"
     """auto, float32, bfloat16 or float16."""
     kv_cache_bytes: int = 512 * MIB
@@ -41,7 +43,7 @@ class WorkerSettings(CommonSettings):
     threads: int = 1
     """Compute threads of the engine."""
     cpu_cores: tuple[str, ...] = ()
-    """Cores this worker may run on, e.g. 0,2-3; empty: all."""
+    """Cores the engine may compute on, e.g. 0,2-3; empty: all."""
     sim_profile: Path | None = None
     """Sizes and latencies of the simulated engine."""
     numerics_reference: Path | None = None
@@ -72,6 +74,7 @@ class WorkerSettings(CommonSettings):
             model=self.model,
             role=role,
             model_dir=self.model_dir,
+            model_digest=self.model_digest,
             dtype=self.dtype,
             kv_cache_bytes=self.kv_cache_bytes,
             max_model_len=self.max_model_len,

@@ -10,6 +10,7 @@ from inferflux.lifecycle import Lifecycle
 from inferflux.telemetry import metrics
 from inferflux.tickets import TicketBook
 from inferflux.types import Pulse, Role
+from inferflux.worker.drain import Drain
 from inferflux.worker.settings import WorkerSettings
 from inferflux.worker.work import Work
 
@@ -24,6 +25,7 @@ class Worker:
     engine: Engine
     info: EngineInfo
     work: Work
+    drain: Drain
     host_id: str
     ticket_key: bytes
     arena: Arena | None = None

@@ -32,10 +32,10 @@ class Principal:
     priority: int = 0
     cache_salt: str = ""
 
-    def require(self, scope: Scope) -> None:
-        """Raise PermissionDenied unless this principal has the scope."""
-        if scope not in self.scopes and Scope.ADMIN not in self.scopes:
-            raise PermissionDenied(f"the API key lacks the scope {scope.value}")
+    def require(self, *scopes: Scope) -> None:
+        """Raise PermissionDenied unless this principal has one of the scopes."""
+        if self.scopes.isdisjoint((*scopes, Scope.ADMIN)):
+            raise PermissionDenied(f"the API key lacks the scope {' or '.join(scopes)}")
 
 
 @dataclass(frozen=True, slots=True)

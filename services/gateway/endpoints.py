@@ -1,4 +1,4 @@
-"""Every inference path the gateway serves, in one table: what kind of work it is and which error shape its clients read.
+"""Every inference path the gateway serves, in one table: what kind of work it is, and which errors its clients read.
 
 A path that is not here does not exist: nothing of a worker's application is reachable by accident.
 """

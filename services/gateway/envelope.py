@@ -34,7 +34,6 @@ class Envelope:
     """What routing needs to know about a call. `model` None: the cluster's default."""
 
     model: str | None = None
-    is_stream: bool = False
 
 
 async def read_body(receive: Receive, headers: Headers, limits: BodyLimits) -> bytes:
@@ -80,7 +79,7 @@ def parse(body: bytes, limits: BodyLimits) -> Envelope:
     model = document.get("model")
     if model is not None and not (isinstance(model, str) and 0 < len(model) <= MAX_MODEL_NAME):
         raise InvalidRequest(f"model must be a string of 1 to {MAX_MODEL_NAME} characters", param="model")
-    return Envelope(model, document.get("stream") is True)
+    return Envelope(model)
 
 
 def parse_object(body: bytes, limits: BodyLimits) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import orjson
 
-from inferflux.errors import InferfluxError, Internal
+from inferflux.errors import InferfluxError, Internal, InvalidRequest
 from services.gateway.asgi import RawHeaders
 from services.gateway.endpoints import Dialect
 
@@ -21,6 +21,16 @@ _ANTHROPIC_TYPES = {
     503: "overloaded_error",
     504: "timeout_error",
 }
+
+
+class MethodNotAllowed(InvalidRequest):
+    """The path is there, the method isn't. `allowed`: as in the Allow header."""
+
+    reason, http_status = "METHOD_NOT_ALLOWED", 405
+
+    def __init__(self, allowed: str) -> None:
+        super().__init__(f"use {allowed}")
+        self.allowed = allowed
 
 
 def shown(error: BaseException) -> InferfluxError:
@@ -38,8 +48,8 @@ def document(error: InferfluxError, dialect: Dialect, request_id: str) -> dict[s
     if dialect is Dialect.ANTHROPIC:
         inner = {"type": _anthropic_type(error.http_status), "message": error.message}
         return {"type": "error", "error": inner, "request_id": request_id}
-    inner = {"message": error.message, "type": _openai_type(error.http_status), "param": error.param}
-    return {"error": inner | {"code": error.reason.lower()}}
+    kind, code = _openai_type(error.http_status), error.reason.lower()
+    return {"error": {"message": error.message, "type": kind, "param": error.param, "code": code}}
 
 
 def headers(error: InferfluxError) -> RawHeaders:
@@ -47,6 +57,8 @@ def headers(error: InferfluxError) -> RawHeaders:
     extra: RawHeaders = []
     if error.http_status == 401:
         extra.append((b"www-authenticate", b"Bearer"))
+    if isinstance(error, MethodNotAllowed):
+        extra.append((b"allow", error.allowed.encode()))
     if error.is_retryable or error.retry_after_s is not None:
         extra.append((b"retry-after", str(math.ceil(error.retry_after_s or 1)).encode()))
     return extra

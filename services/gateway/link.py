@@ -1,7 +1,7 @@
 """One stream to one worker, kept open for ever: opened, read until it breaks, opened again.
 
-Both kinds of worker send pulses on such a stream. While it is up the worker can be used; when it breaks, everything that
-depended on it is told at once.
+Both kinds of worker send pulses on such a stream. While it is up the worker can be used; when it breaks, everything
+that depended on it is told at once.
 """
 
 from __future__ import annotations
@@ -26,7 +26,10 @@ _log = logging.getLogger(__name__)
 
 
 class Link(ABC):
-    """The connection to one incarnation of a worker. `run` once, as a task; cancelling it closes everything."""
+    """The connection to one worker. `run` once, as a task; cancelling it closes everything.
+
+    `num_assigned`: requests that this gateway has routed to the worker and that are not over there.
+    """
 
     role: Role
 
@@ -34,6 +37,7 @@ class Link(ABC):
         self.worker_id = worker.worker_id
         self.incarnation = worker.incarnation
         self.heart = heart
+        self.num_assigned = 0
         self._channel = channel
         self._call: Any = None
 
@@ -47,7 +51,7 @@ class Link(ABC):
                 await asyncio.sleep(backoff_s(num_failures))
         finally:
             await self._finish()
-            await self._channel.close()
+            await self._channel.close(None)
 
     def give_up(self) -> None:
         """Break the stream: the worker is silent."""
@@ -85,8 +89,8 @@ class Link(ABC):
         if not self.heart.is_up:
             metrics.WORKER_UP.labels(self.role.value, self.worker_id).set(1)
             _log.info("worker up", extra={"worker": self.worker_id, "incarnation": message.incarnation})
-        if message.incarnation > self.incarnation:  # restarted, and faster here than through the registry
-            self.incarnation = message.incarnation
+        # A worker that was started anew may be here faster than through the registry.
+        self.incarnation = max(self.incarnation, message.incarnation)
         self.heart.beat(Pulse.from_proto(message))
 
     def _down(self, reason: str) -> None:
@@ -96,7 +100,7 @@ class Link(ABC):
         self.heart.stop()
         self._lost()
 
-    async def _finish(self) -> None:
+    async def _finish(self) -> None:  # noqa: B027 - most have nothing to say
         """Complete what must still be said to the worker before the channel closes."""
 
     @abstractmethod

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import chain, count
 from types import TracebackType
-from typing import Generic, TypeVar
+from typing import Generic, Self, TypeVar
 
 from inferflux.errors import ModelNotFound, Unavailable
 from inferflux.process import Tasks
@@ -35,7 +35,7 @@ L = TypeVar("L", bound=Link)
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Who this gateway is to workers. `session_id` is new at each start of the gateway."""
+    """Who this gateway is to workers. `session_id` is new at each start of the gateway, and a prefix: see Pool."""
 
     gateway_id: str
     session_id: str
@@ -44,66 +44,57 @@ class Caller:
 
 @dataclass(slots=True)
 class Peer(Generic[L]):
-    """One worker and the connection to it. `num_assigned`: requests routed to it and not over."""
+    """One worker and the connection to it."""
 
     worker: Worker
     link: L
     task: asyncio.Task[None]
-    num_assigned: int = 0
     is_registered: bool = True
 
     def candidate(self) -> routing.Candidate:
         """Take the worker as it is now."""
         heart = self.link.heart
-        return routing.Candidate(self.worker, heart.pulse, heart.is_fresh, self.num_assigned)
+        return routing.Candidate(self.worker, heart.pulse, heart.is_fresh, self.link.num_assigned)
 
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """The workers of one request. In its `with` block they count as busy with it."""
+    """The workers of one request. In its `with` block the decode worker counts as busy with it."""
 
     plan: routing.Plan
-    decode: Peer[DecodeSession]
-    prefill: Peer[PrefillLink] | None
+    decode: DecodeSession
+    prefill: PrefillLink | None
 
-    def __enter__(self) -> Route:
+    def __enter__(self) -> Self:
         self.decode.num_assigned += 1
-        if self.prefill is not None:
-            self.prefill.num_assigned += 1
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.decode.num_assigned -= 1
-        if self.prefill is not None:
-            self.prefill.num_assigned -= 1
 
 
 class Pool:
-    """All workers of the cluster; connections are owned by `tasks`. `view` gives the newest registry snapshot.
+    """All workers of the cluster; connections are owned by `tasks`.
 
     `dead_s`: a worker silent for so long is lost. `max_buffered_bytes`: of one stream, for a slow client.
     """
 
-    def __init__(
-        self,
-        caller: Caller,
-        tasks: Tasks,
-        view: Callable[[], ClusterView | None],
-        *,
-        dead_s: float,
-        max_buffered_bytes: int,
-    ) -> None:
+    def __init__(self, caller: Caller, tasks: Tasks, *, dead_s: float, max_buffered_bytes: int) -> None:
         self._caller = caller
         self._tasks = tasks
-        self._view = view
+        self._view: ClusterView | None = None
         self._dead_ticks = max(1, round(dead_s / TICK_S))
         self._max_buffered_bytes = max_buffered_bytes
         self._prefills: dict[str, Peer[PrefillLink]] = {}
         self._decodes: dict[str, Peer[DecodeSession]] = {}
         self._turns = count()
+        self._joins = count()
 
     def reconcile(self, view: ClusterView) -> None:
-        """Connect to the workers that are there, and let go of those that are not."""
+        """Take the registry's newest view: connect to the workers that are there, let go of those that are not."""
+        self._view = view
         for worker in view.workers:
             self._meet(worker)
         registered = {worker.worker_id for worker in view.workers}
@@ -113,10 +104,9 @@ class Pool:
 
     def models(self) -> tuple[Model, ...]:
         """Known models. Raises Unavailable as long as the registry was never heard."""
-        view = self._view()
-        if view is None:
+        if self._view is None:
             raise Unavailable("the gateway has not heard the registry yet", retry_after_s=1)
-        return view.models
+        return self._view.models
 
     def resolve(self, name: str | None) -> str:
         """Return the model that a call means. Raises ModelNotFound or Unavailable."""
@@ -132,11 +122,12 @@ class Pool:
         """Choose workers. Raises NoWorker."""
         question = routing.Question(model, needs_prefill, excluded, next(self._turns))
         plan = routing.plan(question, [peer.candidate() for peer in self._peers()])
-        return Route(plan, self._decodes[plan.decode], self._prefills[plan.prefill] if plan.prefill else None)
+        prefill = self._prefills[plan.prefill].link if plan.prefill else None
+        return Route(plan, self._decodes[plan.decode].link, prefill)
 
     def objection(self) -> str | None:
         """Say why no request can be served now; None when some can."""
-        if self._view() is None:
+        if self._view is None:
             return "registry not heard yet"
         is_served = any(peer.link.heart.is_ready for peer in self._decodes.values())
         return None if is_served else "no decode worker is ready"
@@ -166,12 +157,14 @@ class Pool:
     def _join(self, worker: Worker) -> None:
         caller, heart = self._caller, Heart(self._dead_ticks)
         channel = open_channel(worker.address, caller.identity, worker.role.value)
+        # A link knows nothing of the requests of a link before it, so it must not continue its session.
+        session_id = f"{caller.session_id}.{next(self._joins)}"
         if worker.role is Role.PREFILL:
-            watch = prefill_pb.WatchRequest(session_id=caller.session_id, gateway_id=caller.gateway_id)
+            watch = prefill_pb.WatchRequest(session_id=session_id, gateway_id=caller.gateway_id)
             prefill = PrefillLink(worker, channel, heart, watch)
             self._prefills[worker.worker_id] = Peer(worker, prefill, self._spawn(prefill))
         else:
-            hello = decode_pb.Hello(session_id=caller.session_id, gateway_id=caller.gateway_id)
+            hello = decode_pb.Hello(session_id=session_id, gateway_id=caller.gateway_id)
             decode = DecodeSession(worker, channel, heart, hello, self._max_buffered_bytes)
             self._decodes[worker.worker_id] = Peer(worker, decode, self._spawn(decode))
 

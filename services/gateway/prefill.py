@@ -8,19 +8,22 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 import grpc
 
 from inferflux.errors import InferfluxError
 from inferflux.rpc.client import translated_errors
 from inferflux.telemetry import metrics
+from inferflux.telemetry.tracing import Span
 from inferflux.types import HttpAnswer, HttpHead, KvReport, Role
 from inferflux.v1 import prefill_service_pb2 as pb
 from inferflux.v1 import types_pb2
 from inferflux.v1.prefill_service_pb2_grpc import PrefillServiceStub
+from services.gateway.call import Call
 from services.gateway.heart import Heart
 from services.gateway.link import Link
 from services.gateway.views import Worker
@@ -41,10 +44,12 @@ class Tickets:
         self._link = link
         self._held = {prompt.ticket.ticket_id for prompt in prompts if prompt.HasField("ticket")}
 
-    def __enter__(self) -> Tickets:
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._held:
             self._give_back(self._held, _why(error))
             self._held = set()
@@ -65,6 +70,14 @@ class Tickets:
             self._link.release(ticket_ids, why)
 
 
+@dataclass(slots=True)
+class Returns:
+    """What to give back for one reason: tickets by their ids, or all of a request."""
+
+    ticket_ids: set[str] = field(default_factory=set)
+    request_ids: set[str] = field(default_factory=set)
+
+
 class PrefillLink(Link):
     """The connection to one prefill worker."""
 
@@ -74,38 +87,60 @@ class PrefillLink(Link):
         super().__init__(worker, channel, heart)
         self._stub: Any = PrefillServiceStub(channel)
         self._hello = hello
-        self._returned: dict[str, set[str]] = {}
-        self._returns: set[asyncio.Task[None]] = set()
+        self._phases = metrics.PHASES.labels("prefill", self.role.value, self.worker_id)
+        self._returns: dict[str, Returns] = {}
+        self._returning: asyncio.Task[None] | None = None
 
-    async def prefill(self, context: types_pb2.RequestContext, call: types_pb2.HttpCall) -> Tickets | HttpAnswer:
+    async def prefill(self, call: Call, span: Span) -> Tickets | HttpAnswer:
         """Compute all prompts of a call, or return the answer of the application that refused it.
 
         Cancelling the caller aborts it on the worker. Raises InferfluxError.
         """
-        request = pb.PrefillRequest(context=context, call=call, session_id=self._hello.session_id)
-        with translated_errors():
-            response = await self._stub.Prefill(request)
+        context, http = call.context(span), call.http.to_proto()
+        request = pb.PrefillRequest(context=context, call=http, session_id=self._hello.session_id)
+        self.num_assigned += 1
+        try:
+            with translated_errors():
+                response = await self._stub.Prefill(request)
+        except asyncio.CancelledError:
+            metrics.PREFILLS.labels("cancelled").inc()
+            self.disown(call.request_id)
+            raise
+        except InferfluxError:
+            metrics.PREFILLS.labels("failed").inc()
+            self.disown(call.request_id)
+            raise
+        finally:
+            self.num_assigned -= 1
         if response.HasField("answer"):
+            metrics.PREFILLS.labels("answered").inc()
             return HttpAnswer(HttpHead.from_proto(response.answer.head), response.answer.body)
+        metrics.PREFILLS.labels("remote").inc()
+        self._phases.inc()
         return Tickets(response.prefilled.prompts, self)
 
-    def release(self, ticket_ids: set[str], why: str) -> None:
+    def release(self, ticket_ids: Iterable[str], why: str) -> None:
         """Give tickets back. Returns at once and never fails: if the worker is lost, so are its tickets."""
-        self._returned.setdefault(why, set()).update(ticket_ids)
-        if not self._returns:
-            task = asyncio.create_task(self._return_soon(), name=f"release-{self.worker_id}")
-            self._returns.add(task)
-            task.add_done_callback(self._returns.discard)
+        self._returns.setdefault(why, Returns()).ticket_ids.update(ticket_ids)
+        self._return_soon()
 
-    async def _return_soon(self) -> None:
+    def disown(self, request_id: str) -> None:
+        """Give back whatever a request has there: its prefill was given up, but the answer may have been on its way."""
+        self._returns.setdefault("cancelled", Returns()).request_ids.add(request_id)
+        self._return_soon()
+
+    def _return_soon(self) -> None:
+        if self._returning is None or self._returning.done():
+            self._returning = asyncio.create_task(self._return_all(), name=f"release-{self.worker_id}")
+
+    async def _return_all(self) -> None:
         await asyncio.sleep(RELEASE_DELAY_S)
-        while self._returned:
-            why, ticket_ids = self._returned.popitem()
+        while self._returns:
+            why, returns = self._returns.popitem()
+            request = pb.ReleaseRequest(ticket_ids=returns.ticket_ids, why=why, request_ids=returns.request_ids)
             try:
                 with translated_errors():
-                    await self._stub.Release(
-                        pb.ReleaseRequest(ticket_ids=ticket_ids, why=why), timeout=RELEASE_TIMEOUT_S
-                    )
+                    await self._stub.Release(request, timeout=RELEASE_TIMEOUT_S)
             except InferfluxError as e:
                 _log.warning("tickets not given back", extra={"worker": self.worker_id, "reason": e.reason})
 
@@ -121,7 +156,8 @@ class PrefillLink(Link):
         """Calls fail by themselves, and the worker ends the tickets of a session that does not come back."""
 
     async def _finish(self) -> None:
-        await asyncio.gather(*self._returns, return_exceptions=True)
+        if self._returning is not None:
+            await self._returning
 
 
 def _why(error: BaseException | None) -> str:

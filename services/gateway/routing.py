@@ -85,7 +85,9 @@ def _choose(
     return _pick(scored, question.turn), tuple(verdicts)
 
 
-def objection(candidate: Candidate, question: Question, reader: Worker | None = None) -> str | None:
+def objection(  # noqa: PLR0911 - a list of reasons
+    candidate: Candidate, question: Question, reader: Worker | None = None
+) -> str | None:
     """Say why a worker can't take a request; None when it can. `reader`: who must read a prefill worker's blocks."""
     worker, pulse = candidate.worker, candidate.pulse
     if worker.worker_id in question.excluded:

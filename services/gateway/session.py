@@ -11,31 +11,32 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from itertools import count
 from time import monotonic
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 import grpc
 
 from inferflux.errors import InferfluxError, Internal, SlowConsumer, WorkerLost
 from inferflux.rpc.client import error_of
 from inferflux.telemetry import metrics
-from inferflux.telemetry.tally import Tally
-from inferflux.types import End, HttpHead, KvReport, Role, end_from_proto, frame_from_proto
+from inferflux.telemetry.tracing import Span
+from inferflux.types import End, HttpHead, KvReport, Role, Usage, frame_from_proto
 from inferflux.v1 import decode_service_pb2 as pb
-from inferflux.v1 import types_pb2
 from inferflux.v1.decode_service_pb2_grpc import DecodeServiceStub
+from services.gateway.call import Call
 from services.gateway.heart import Heart
 from services.gateway.link import Link
+from services.gateway.prefill import Tickets
 from services.gateway.views import Worker
 
 OnKv = Callable[[KvReport], None]
 
 
 class TokenStream:
-    """One request's response as it arrives: iterate for body bytes; `head` is set before the first, `end` after the last.
+    """One request's response as it arrives: iterate for its bytes. `head` is set before the first, `end` after them.
 
     Use it in a `with` block: leaving the block early tells the worker to stop. Bytes that arrived together come as one.
     Iteration raises WorkerLost, SlowConsumer, or the error that the worker reported.
@@ -44,7 +45,6 @@ class TokenStream:
     __slots__ = (
         "_chunks",
         "_error",
-        "_gaps",
         "_last_at",
         "_num_waiting",
         "_on_kv",
@@ -55,26 +55,32 @@ class TokenStream:
         "head",
     )
 
-    def __init__(self, session: DecodeSession, handle: int, on_kv: OnKv, gaps: Tally) -> None:
+    def __init__(self, session: DecodeSession, handle: int, on_kv: OnKv) -> None:
         self.handle = handle
         self.head: HttpHead | None = None
         self.end: End | None = None
         self._session = session
         self._on_kv = on_kv
-        self._gaps = gaps
         self._chunks: list[bytes] = []
         self._num_waiting = 0
         self._last_at = 0.0
         self._error: InferfluxError | None = None
         self._waiter: asyncio.Future[None] | None = None
 
-    def __enter__(self) -> TokenStream:
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._session.close(self)
 
-    def __aiter__(self) -> TokenStream:
+    @property
+    def usage(self) -> Usage:
+        """What the request cost, once it is over."""
+        return self.end.usage if self.end is not None else Usage()
+
+    def __aiter__(self) -> Self:
         return self
 
     async def __anext__(self) -> bytes:
@@ -99,7 +105,7 @@ class TokenStream:
             self._chunks.append(data)
             self._num_waiting += len(data)
             if self._last_at:
-                self._gaps.observe(now - self._last_at)
+                self._session.gaps.observe(now - self._last_at)
             self._last_at = now
         # Per request rather than per token, and cheap to rule out.
         if delta.HasField("head") or delta.kv or delta.HasField("end"):
@@ -145,28 +151,33 @@ class DecodeSession(Link):
         self.max_buffered_bytes = max_buffered_bytes
         self._stub: Any = DecodeServiceStub(channel)
         self._hello = hello
-        self._gaps = metrics.ITL.labels(worker.model)
+        self.gaps = metrics.ITL.labels(worker.model)
+        self._phases = {
+            phase: metrics.PHASES.labels(phase, self.role.value, self.worker_id) for phase in ("prefill", "decode")
+        }
         self._handles = count(1)
         self._streams: dict[int, TokenStream] = {}
         self._abandoned: list[int] = []
         self._outbox: deque[pb.SessionCommand] = deque()
         self._has_mail = asyncio.Event()
 
-    def start(
-        self,
-        context: types_pb2.RequestContext,
-        call: types_pb2.HttpCall,
-        prompts: Iterable[types_pb2.PrefilledPrompt],
-        on_kv: OnKv,
-    ) -> TokenStream:
-        """Start a request. `on_kv` hears at once what became of each ticket. Raises WorkerLost."""
+    def start(self, call: Call, span: Span, tickets: Tickets) -> TokenStream:
+        """Start a request. Its tickets hear at once what became of each. Raises WorkerLost."""
         if not self.heart.is_up:
             raise WorkerLost("the decode worker is not connected")
-        stream = TokenStream(self, next(self._handles), on_kv, self._gaps)
-        start = pb.Start(handle=stream.handle, context=context, call=call, prompts=prompts)
+        stream = TokenStream(self, next(self._handles), tickets.settle)
         self._streams[stream.handle] = stream
+        context, http = call.context(span), call.http.to_proto()
+        start = pb.Start(handle=stream.handle, context=context, call=http, prompts=tickets.prompts)
         self._send(pb.SessionCommand(start=start))
+        self._count(call, tickets)
         return stream
+
+    def _count(self, call: Call, tickets: Tickets) -> None:
+        self._phases["decode"].inc()
+        if call.needs_prefill and not tickets.prompts:
+            self._phases["prefill"].inc()
+            metrics.PREFILLS.labels("local").inc()
 
     def close(self, stream: TokenStream) -> None:
         """End a stream; the worker is told unless it has ended it itself. Idempotent."""

@@ -90,5 +90,5 @@ class Snapshot(Generic[T]):
 
 def backoff_s(num_failures: int) -> float:
     """Return how long to wait before the next try: doubling, bounded, and different for everybody."""
-    longest = min(_MAX_BACKOFF_S, _MIN_BACKOFF_S * 2 ** min(num_failures, 16))
+    longest = min(_MAX_BACKOFF_S, _MIN_BACKOFF_S * float(1 << min(num_failures, 16)))
     return longest * random.uniform(0.5, 1.0)  # noqa: S311 - spreads reconnects, guards nothing

@@ -1,5 +1,7 @@
 """PolicyService on the wire: checks what comes in, calls the keeper, and is the only place with protobuf messages."""
 
+# ruff: noqa: N802 - methods have the names that the protos give them
+
 from __future__ import annotations
 
 import logging
@@ -41,7 +43,7 @@ class PolicyServicer(PolicyServiceServicer):
         self._pepper = pepper
         self._snapshot = pb.PolicySnapshot()
 
-    async def WatchSnapshot(  # noqa: N802
+    async def WatchSnapshot(
         self, request: pb.WatchSnapshotRequest, context: Context
     ) -> AsyncIterator[pb.WatchSnapshotResponse]:
         log.info("watch opened", extra={"gateway_id": request.gateway_id, "gateway_revision": request.revision})
@@ -49,7 +51,7 @@ class PolicyServicer(PolicyServiceServicer):
         async for _, book in self._keeper.feed.watch(at_least=request.revision):
             yield pb.WatchSnapshotResponse(snapshot=self._to_snapshot(book))
 
-    async def CreateKey(self, request: pb.CreateKeyRequest, context: Context) -> pb.CreateKeyResponse:  # noqa: N802
+    async def CreateKey(self, request: pb.CreateKeyRequest, context: Context) -> pb.CreateKeyResponse:
         now_ms, secret = self._keeper.now_ms(), request.secret or new_secret()
         key = new_key(
             secret,
@@ -65,12 +67,12 @@ class PolicyServicer(PolicyServiceServicer):
         log.info("key created", extra={"key_id": key.key_id, "tenant": key.tenant, "revision": book.revision})
         return pb.CreateKeyResponse(key=_to_record(key), secret=secret, revision=book.revision)
 
-    async def ListKeys(self, request: pb.ListKeysRequest, context: Context) -> pb.ListKeysResponse:  # noqa: N802
+    async def ListKeys(self, request: pb.ListKeysRequest, context: Context) -> pb.ListKeysResponse:
         book = self._keeper.book()
         keys = [_to_record(key) for key in book.live(self._keeper.now_ms())]
         return pb.ListKeysResponse(keys=keys, revision=book.revision)
 
-    async def RevokeKey(self, request: pb.RevokeKeyRequest, context: Context) -> pb.RevokeKeyResponse:  # noqa: N802
+    async def RevokeKey(self, request: pb.RevokeKeyRequest, context: Context) -> pb.RevokeKeyResponse:
         now_ms = self._keeper.now_ms()
         book = await self._keeper.change(lambda stored: stored.revoke(request.key_id, now_ms))
         log.info("key revoked", extra={"key_id": request.key_id, "revision": book.revision})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import http.client
 import json
+import logging
 import os
 import shutil
 import signal
@@ -27,11 +28,14 @@ from inferflux.rpc.mtls import Identity
 REPOSITORY = Path(__file__).parents[2]
 TIMEOUT_S = 20.0
 
+# Debug records of gRPC hold exceptions, and with these calls and channels, as long as pytest holds the records.
+logging.getLogger("grpc").setLevel(logging.INFO)
+
 
 @contextmanager
 def temporary_home() -> Iterator[Path]:
     """Give a state directory with a PKI and secrets, and a path short enough for sockets."""
-    home = Path(tempfile.mkdtemp(prefix="ifx-home-", dir="/tmp"))  # noqa: S108
+    home = Path(tempfile.mkdtemp(prefix="ifx-home-", dir="/tmp"))
     try:
         ensure_pki(home / "pki")
         ensure_secrets(home / "secrets")
@@ -72,7 +76,9 @@ class Service:
         assert self._process is None, "started already"
         with self._log_path.open("ab") as log:
             command = [sys.executable, "-m", self._module]
-            self._process = subprocess.Popen(command, cwd=REPOSITORY, env=self._environ, stdin=subprocess.DEVNULL, stderr=log)
+            self._process = subprocess.Popen(
+                command, cwd=REPOSITORY, env=self._environ, stdin=subprocess.DEVNULL, stderr=log
+            )
         return self
 
     def readiness(self) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import subprocess
 import sys
 import textwrap
@@ -16,7 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from inferflux.errors import ArenaFull, KvStale, KvUnreachable
+from inferflux.errors import ArenaFull, ConfigError, KvStale, KvUnreachable
 from inferflux.kv.arena import PAGE, TABLE, Arena, ArenaReader, Layout
 from inferflux.kv.digests import block_digest
 from tests.support.children import forked
@@ -82,6 +83,26 @@ def _resident_bytes(fd: int) -> int:
     lines = Path("/proc/self/smaps").read_text(encoding="ascii").splitlines()
     start = next(i for i, line in enumerate(lines) if "inferflux-arena" in line and inode in line.split())
     return 1024 * next(int(line.split()[1]) for line in lines[start:] if line.startswith("Rss:"))
+
+
+def test_memory_that_is_not_there_is_a_clear_error_at_start() -> None:
+    """One line for the operator, no signal, and nothing left open."""
+
+    def poor(test: Connection) -> None:
+        fds = _num_fds()
+        resource.setrlimit(resource.RLIMIT_FSIZE, (MIB, MIB))
+        for num_bytes in (2 * MIB, 0, -1):
+            with pytest.raises(ConfigError, match=f"arena of {num_bytes} bytes"):
+                Arena.create(num_bytes)
+        Arena.create(MIB).close()
+        assert _num_fds() == fds
+
+    with forked(poor):
+        pass
+
+
+def _num_fds() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
 
 
 def test_an_arena_is_empty_before_it_is_formatted() -> None:

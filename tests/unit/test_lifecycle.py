@@ -9,8 +9,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -41,8 +44,8 @@ def test_checks_veto_readiness_with_their_reasons() -> None:
     """Every check that objects is named."""
     life = Lifecycle("gateway", "gateway-0")
     why: dict[str, str | None] = {"policy": "no snapshot yet", "registry": None, "worker": "none ready"}
-    for name in why:
-        life.add_readiness(name, lambda name=name: why[name])
+    for name in ("policy", "registry", "worker"):
+        life.add_readiness(name, partial(why.get, name))
     life.set_ready()
 
     assert life.readiness().reason == "policy: no snapshot yet; worker: none ready"
@@ -60,7 +63,7 @@ def test_never_becomes_ready_again(moves: list[str]) -> None:
         getattr(life, move)(*(["broken"] if move == "set_failed" else []))
         states.append(life.state)
 
-    for earlier, later in zip(states, states[1:], strict=False):
+    for earlier, later in pairwise(states):
         allowed = {
             State.STARTING: set(State),
             State.READY: {State.READY, State.FAILED, State.DRAINING},
@@ -115,12 +118,17 @@ async def test_task_that_ends_before_it_began_is_closed() -> None:
         tasks.spawn(asyncio.Event().wait(), "wait")
 
 
+async def wait_beside(coro: Coroutine[Any, Any, None], name: str) -> None:
+    """Wait for ever in a block that owns the task `name`."""
+    async with Tasks() as tasks:
+        tasks.spawn(coro, name)
+        await asyncio.Event().wait()
+
+
 async def test_background_task_that_returns_stops_the_block() -> None:
     """Something that should serve for ever must not end in silence."""
     with pytest.raises(TaskEnded, match="background task pulse ended"):
-        async with Tasks() as tasks:
-            tasks.spawn(asyncio.sleep(0), "pulse")
-            await asyncio.Event().wait()
+        await wait_beside(asyncio.sleep(0), "pulse")
 
 
 async def test_background_task_that_raises_stops_the_block_with_its_error() -> None:
@@ -130,9 +138,7 @@ async def test_background_task_that_raises_stops_the_block_with_its_error() -> N
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        async with Tasks() as tasks:
-            tasks.spawn(fail(), "fail")
-            await asyncio.Event().wait()
+        await wait_beside(fail(), "fail")
 
 
 async def test_finite_work_may_return() -> None:
@@ -143,23 +149,35 @@ async def test_finite_work_may_return() -> None:
 
 async def test_error_of_the_block_leaves_it_unwrapped() -> None:
     """The body's own exception passes through."""
-    with pytest.raises(KeyError):
+
+    async def fail_beside_a_task() -> None:
         async with Tasks() as tasks:
             tasks.spawn(asyncio.Event().wait(), "wait")
             raise KeyError
+
+    with pytest.raises(KeyError):
+        await fail_beside_a_task()
 
 
 SERVICE = """
 import asyncio, os, sys, time
 from pathlib import Path
+from typing import Any
 from inferflux import process
 from inferflux.config import CommonSettings
+from inferflux.errors import ConfigError
 
 async def main(life):
     mode = sys.argv[1]
     if mode == "crash":
         raise ValueError("the secret prompt")
     if mode == "return":
+        return
+    if mode == "block":
+        await asyncio.sleep(0)
+        time.sleep(1.2)
+        await asyncio.sleep(0.001)
+        life.begin_drain()
         return
     if mode == "slow-start":
         Path(sys.argv[3]).touch()
@@ -176,6 +194,8 @@ async def main(life):
     print("drained", flush=True)
 
 def prepare():
+    if sys.argv[1] == "bad-prepare":
+        raise ConfigError("no model")
     # A real fork before any loop, thread or gRPC exists.
     pid = os.fork()
     if pid == 0:
@@ -289,6 +309,56 @@ def test_main_that_returns_undrained_is_a_failure(start: Start) -> None:
 
     assert service.stop()[0] == 1
     assert service.log()[-1]["error_text"] == "main returned without being drained"
+
+
+def test_blocked_event_loop_is_noticed(start: Start) -> None:
+    """A loop that stood still says for how long; main may begin the drain itself."""
+    service = start("block")
+
+    assert service.stop()[0] == 0
+    [line] = [line for line in service.log() if line["msg"] == "event loop was blocked"]
+    assert isinstance(line["lag_s"], float)
+    assert line["lag_s"] > 0.5
+
+
+def test_failed_preparation_ends_before_anything_listens(start: Start) -> None:
+    """An error of the synchronous set-up is reported like one of main."""
+    service = start("bad-prepare")
+
+    assert service.stop()[0] == 2
+    assert [line["reason"] for line in service.log()] == ["no model"]
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.parametrize("follow", [True, False])
+def test_outlives_its_parent_unless_told_otherwise(tmp_path: Path, follow: bool) -> None:
+    """A supervisor that crashes does not take services with it, except where INFERFLUX_PDEATHSIG asks for that."""
+    started = tmp_path / "started"
+    parent = (
+        "import subprocess, sys; child = subprocess.Popen([sys.executable, *sys.argv[1:]]);"
+        "print(child.pid, flush=True); child.wait()"
+    )
+    service = ["-c", SERVICE, "serve", f"unix:{tmp_path}/ops.sock", str(started)]
+    environ = {"PYTHONPATH": str(Path(__file__).parents[2]), "INFERFLUX_PDEATHSIG": "1" if follow else "0"}
+    with subprocess.Popen([sys.executable, "-c", parent, *service], stdout=subprocess.PIPE, env=environ) as supervisor:
+        assert supervisor.stdout is not None
+        pid = int(supervisor.stdout.readline())
+        eventually(started.exists)
+        supervisor.kill()
+
+        if follow:
+            eventually(lambda: not _is_alive(pid))
+            return
+        assert supervisor.wait(DEADLINE_S) == -signal.SIGKILL
+        os.kill(pid, signal.SIGTERM)
+        eventually(lambda: not _is_alive(pid))
+        assert supervisor.stdout.read() == b"drained\n"
 
 
 def test_unusable_ops_address_is_a_configuration_error(start: Start) -> None:

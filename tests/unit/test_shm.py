@@ -14,6 +14,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
+import uvloop
 
 from inferflux.errors import KvStale, KvUnreachable
 from inferflux.kv import shm
@@ -71,7 +72,7 @@ def serve_until_told(path: Path, incarnation: str, fill: int) -> Callable[[Conne
                 with suppress(EOFError):
                     await asyncio.to_thread(test.recv)
 
-    return lambda test: asyncio.run(main(test))
+    return lambda test: uvloop.run(main(test))
 
 
 def _ask(path: Path, request: bytes) -> tuple[bytes, list[int]]:

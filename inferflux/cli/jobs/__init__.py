@@ -55,4 +55,4 @@ def start(command: list[str], stderr: IO[bytes], **env: str) -> subprocess.Popen
 
 def report(fraction: float) -> None:
     """Tell the parent how far this job is."""
-    print(json.dumps({"fraction": fraction}), flush=True)  # noqa: T201 - the protocol
+    print(json.dumps({"fraction": fraction}), flush=True)

@@ -1,6 +1,6 @@
 """Turn a GGUF file into a Hugging Face folder that vLLM serves: bfloat16 safetensors, tokenizer, chat template.
 
-    python -m inferflux.cli.jobs.convert FILE.gguf FOLDER
+python -m inferflux.cli.jobs.convert FILE.gguf FOLDER
 """
 
 from __future__ import annotations

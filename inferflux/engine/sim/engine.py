@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import time
-from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from hashlib import sha256
@@ -50,6 +51,8 @@ class SimEngine(Engine):
         self._steps: asyncio.Task[None] | None = None
 
     async def start(self) -> EngineInfo:
+        if self._options.cpu_cores:
+            os.sched_setaffinity(0, self._options.cpu_cores)  # it computes in this process
         if self._arena is not None:
             self._arena.format(self._profile.slot_bytes)
         self._steps = asyncio.create_task(self._scheduler.run(), name="sim-engine")
@@ -136,9 +139,7 @@ class SimEngine(Engine):
 
     # Jobs
 
-    def _jobs(
-        self, context: RequestContext, inbox: Inbox, plan: Plan, delivered: Sequence[ChoiceTokens]
-    ) -> list[Job]:
+    def _jobs(self, context: RequestContext, inbox: Inbox, plan: Plan, delivered: Sequence[ChoiceTokens]) -> list[Job]:
         how = plan.sampling
         jobs = [self._job(context, inbox, prompt, how, i * how.n) for i, prompt in enumerate(plan.prompts)]
         output = {tokens.index: tokens.token_ids for tokens in delivered}

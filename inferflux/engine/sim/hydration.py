@@ -30,7 +30,12 @@ class Hydrator:
         self._readers: dict[str, tuple[str, ArenaReader]] = {}
 
     async def load(
-        self, source: KvSource, prompt: Sequence[int], blocks: Sequence[int], first: int, on_abandoned: Callable[[], None]
+        self,
+        source: KvSource,
+        num_tokens: int,
+        blocks: Sequence[int],
+        first: int,
+        on_abandoned: Callable[[], None],
     ) -> KvReport:
         """Copy all blocks of the prompt from `first` on into `blocks`; never raises a KvError.
 
@@ -38,12 +43,12 @@ class Hydrator:
         until then.
         """
         copying = asyncio.get_running_loop().run_in_executor(
-            self._threads, self._load, source, len(prompt), tuple(blocks), first
+            self._threads, self._load, source, num_tokens, tuple(blocks), first
         )
         try:
             return await asyncio.shield(copying)
         except asyncio.CancelledError:
-            copying.add_done_callback(lambda done: (done.exception(), on_abandoned()))
+            copying.add_done_callback(lambda _: on_abandoned())
             raise
 
     def close(self) -> None:
@@ -61,21 +66,18 @@ class Hydrator:
 
     def _copy(self, source: KvSource, num_tokens: int, blocks: tuple[int, ...], first: int) -> int:
         num_blocks = -(-num_tokens // self._block_size)
-        shape = (source.num_tokens, source.slot_bytes, len(source.slots), len(source.digests))
-        if shape != (num_tokens, self._slot_bytes, num_blocks, num_blocks):
+        counts = {len(source.slots), len(source.digests), len(source.generations)}
+        if (source.num_tokens, source.slot_bytes, counts) != (num_tokens, self._slot_bytes, {num_blocks}):
             raise KvIncompatible(f"ticket {source.ticket_id} does not describe {num_blocks} blocks of this engine")
         reader = self._reader(source)
+        reader.check(source.slots, source.generations)
         for i in range(first, num_blocks):
             self._copy_block(reader, source, i, blocks[i])
         return (num_blocks - first) * self._slot_bytes
 
     def _copy_block(self, reader: ArenaReader, source: KvSource, i: int, block: int) -> None:
-        try:
-            slot = reader.slot(source.slots[i])
-        except IndexError as e:
-            raise KvIncompatible(f"ticket {source.ticket_id} names slots beyond the arena") from e
         target = self._kv.block(block)
-        target[:] = slot
+        target[:] = reader.slot(source.slots[i])
         if block_digest((target,)) != source.digests[i]:
             raise KvDigestMismatch(f"block {i} of ticket {source.ticket_id} is not what was published")
 

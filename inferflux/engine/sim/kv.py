@@ -90,14 +90,14 @@ class KvCache:
     def hash_at(self, blocks: Sequence[int], position: int) -> bytes:
         """The chained hash of a position, read back."""
         index, at = divmod(position, self._block_size)
-        return self._words[blocks[index], at, 0].tobytes()
+        return cast("bytes", self._words[blocks[index], at, 0].tobytes())
 
     def digest(self, blocks: Sequence[int], num_tokens: int) -> bytes:
         """Hash every byte of the first `num_tokens` entries."""
         digest = xxhash.xxh3_128()
         for start in range(0, num_tokens, self._block_size):
             num = min(self._block_size, num_tokens - start)
-            digest.update(self._words[blocks[start // self._block_size], :num])
+            digest.update(self._words[blocks[start // self._block_size], :num].data)
         return digest.digest()
 
     def sample(self, blocks: Sequence[int], num_tokens: int, digest: bytes, sampling_key: bytes) -> int:
@@ -105,5 +105,5 @@ class KvCache:
         lines = self._words[blocks[: -(-num_tokens // self._block_size)], :, num_tokens % self._num_lines]
         read = lines.reshape(-1, 4)[:num_tokens]
         value = xxhash.xxh3_64(digest + num_tokens.to_bytes(8, "little") + sampling_key)
-        value.update(read)
+        value.update(read.data)
         return FIRST_WORD + value.intdigest() % NUM_WORDS

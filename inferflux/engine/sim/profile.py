@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from inferflux.errors import ConfigError
 
@@ -48,12 +49,13 @@ def load(path: Path | None) -> SimProfile:
     unknown = values.keys() - {f.name for f in fields(SimProfile)}
     if unknown:
         raise ConfigError(f"sim profile {path}: unknown keys {', '.join(sorted(unknown))}")
-    if not all(isinstance(v, int | float) and v >= 0 for v in values.values()):
+    if not all(isinstance(value, int | float) and value >= 0 for value in values.values()):
         raise ConfigError(f"sim profile {path}: all values must be numbers, 0 or more")
-    return SimProfile(**values)
+    whole = {f.name for f in fields(SimProfile) if f.type == "int"}
+    return SimProfile(**{name: int(value) if name in whole else value for name, value in values.items()})
 
 
-def _read(path: Path) -> dict[str, float]:
+def _read(path: Path) -> dict[str, Any]:
     try:
         document = json.loads(path.read_text())
     except (OSError, ValueError) as e:

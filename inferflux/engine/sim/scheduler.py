@@ -25,7 +25,9 @@ logger = logging.getLogger(__name__)
 class Scheduler:
     """Runs jobs. Everything but the copying of blocks happens on one event loop."""
 
-    def __init__(self, profile: SimProfile, pool: BlockPool, kv: KvCache, hydrator: Hydrator, max_num_seqs: int) -> None:
+    def __init__(
+        self, profile: SimProfile, pool: BlockPool, kv: KvCache, hydrator: Hydrator, max_num_seqs: int
+    ) -> None:
         self._profile = profile
         self._pool = pool
         self._kv = kv
@@ -127,7 +129,13 @@ class Scheduler:
     async def _load(self, job: Job) -> None:
         assert job.source is not None  # noqa: S101 - for mypy: only jobs with a source are loaded
         blocks, first = job.choices[0].blocks, job.num_cached // self._profile.block_size
-        report = await self._hydrator.load(job.source, job.prompt, blocks, first, lambda: self._abandon(job))
+        try:
+            report = await self._hydrator.load(job.source, len(job.prompt), blocks, first, lambda: self._abandon(job))
+        except Exception as e:  # noqa: BLE001 - a bug in hydration must not leave its request waiting for ever
+            del self._loading[job]
+            self._abandon(job)
+            job.emit(e)
+            return
         del self._loading[job]
         if report.result == "committed":
             job.choices[0].num_computed = len(job.prompt)

@@ -30,7 +30,7 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class Emitted:
-    """Tokens of a choice whose text is settled. `finish_reason` comes with the last ones; `stop`: the string that hit."""
+    """Tokens of a choice whose text is settled; `finish_reason` comes with the last. `stop`: the string that hit."""
 
     choice: int
     token_ids: tuple[int, ...]
@@ -50,7 +50,9 @@ class StopGuard:
         self._held: list[int] = []
 
     def push(self, token_id: int) -> tuple[tuple[int, ...], str, str | None]:
-        """Add a token; return what is settled: ids, their text, and the stop string that was hit (cut from the text)."""
+        """Add a token; return what is settled: ids, their text, and the stop string that hit (cut from the text)."""
+        if not self._stop:
+            return (token_id,), tokenizer.decode((token_id,)), None
         self._held.append(token_id)
         text = tokenizer.decode(self._held)
         hits = [(at, stop) for stop in self._stop if (at := text.find(stop)) >= 0]
@@ -60,6 +62,10 @@ class StopGuard:
         num = next((i for i in range(len(self._held)) if self._may_begin(i)), len(self._held))
         settled, self._held = tuple(self._held[:num]), self._held[num:]
         return settled, tokenizer.decode(settled), None
+
+    @property
+    def is_holding(self) -> bool:
+        return bool(self._held)
 
     def flush(self) -> tuple[tuple[int, ...], str]:
         """Everything held back."""
@@ -98,7 +104,7 @@ class Choice:
         self.tokens.append(token_id)
         self.num_output += 1
         token_ids, text, stop = self.guard.push(token_id)
-        if finish_reason and stop is None:
+        if finish_reason and stop is None and self.guard.is_holding:
             held_ids, held_text = self.guard.flush()
             token_ids, text = token_ids + held_ids, text + held_text
         self.finish_reason = "stop" if stop is not None else finish_reason

@@ -17,9 +17,7 @@ FIRST_WORD = 256
 WORDS = tuple(f" {a}{b}" for a in SYLLABLES for b in SYLLABLES)
 NUM_WORDS = len(WORDS)
 FIRST_MARK = FIRST_WORD + NUM_WORDS
-MARKS = {
-    name: FIRST_MARK + i for i, name in enumerate(("end_of_text", "end", "system", "user", "assistant", "tool"))
-}
+MARKS = {name: FIRST_MARK + i for i, name in enumerate(("end_of_text", "end", "system", "user", "assistant", "tool"))}
 END_OF_TEXT = MARKS["end_of_text"]
 VOCABULARY_SIZE = FIRST_MARK + len(MARKS)
 

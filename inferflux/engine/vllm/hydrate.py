@@ -117,6 +117,7 @@ class Hydrator:
         start = time.perf_counter()
         try:
             reader = self._reader(load.source)
+            reader.check(load.source.slots, load.source.generations)
             for i, block_id in enumerate(load.block_ids, load.first):
                 copy_in(reader, load.source, i, [layer[block_id] for layer in layers])
         except KvError as error:

@@ -23,7 +23,7 @@ DELIVERED = "inferflux_delivered"
 
 def source_to_params(source: KvSource) -> dict[str, Any]:
     """Flatten for msgspec: plain types only."""
-    raw = {**asdict(source), "slots": list(source.slots), "digests": list(source.digests)}
+    raw = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(source).items()}
     return {SOURCE: raw, CACHED: source.num_cached_tokens}
 
 
@@ -32,8 +32,7 @@ def source_from_params(params: dict[str, Any] | None) -> KvSource | None:
     raw = (params or {}).get(SOURCE)
     if raw is None:
         return None
-    tuples = {name: tuple(raw[name]) for name in ("slots", "digests", "first_token_ids")}
-    return KvSource(**{**raw, **tuples})
+    return KvSource(**{name: tuple(value) if isinstance(value, list) else value for name, value in raw.items()})
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ PEPPER = Pepper(b"p" * 32)
 NOW_MS = 1_700_000_000_000
 
 
-def make(secret="ifx_secret-1", **changes):
+def make(secret="ifx_secret-1", **changes):  # noqa: S107
     return new_key(secret, PEPPER, **{"name": "ci", "scopes": [Scope.READ], "now_ms": NOW_MS} | changes)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from inferflux.engine.sim import tokenizer
 from inferflux.engine.sim.api import chat, completion, messages, responses
-from inferflux.engine.sim.api.call import BadCall, Fields, Plan, answer
+from inferflux.engine.sim.api.call import BadCall, Fields, Plan, answer, chat_prompt
 from inferflux.types import HttpAnswer, HttpCall
 
 PLANS: dict[str, Callable[[Fields, str, str], Plan]] = {
@@ -64,7 +64,7 @@ class App:
 
     def _tokenize(self, fields: Fields) -> HttpAnswer:
         is_chat = fields.has("messages")
-        ids = messages.chat_prompt(fields.get("messages")) if is_chat else tokenizer.encode(fields.text("prompt"))
+        ids = chat_prompt(fields.get("messages")) if is_chat else tokenizer.encode(fields.text("prompt"))
         strings = [tokenizer.decode((i,)) for i in ids] if fields.flag("return_token_strs") else None
         return answer({"count": len(ids), "max_model_len": self._max_model_len, "tokens": ids, "token_strs": strings})
 

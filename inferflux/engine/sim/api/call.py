@@ -103,9 +103,9 @@ class Fields:
         return Fields(self._values.get(name) or {})
 
 
-def sampling(fields: Fields, *, max_tokens: str | None, stop: str = "stop", default_max_tokens: int | None = None) -> Sampling:
-    """The sampling fields that endpoints share, under these names."""
-    limit = fields.integer(max_tokens, 1, 1 << 31) if max_tokens else None
+def sampling(fields: Fields, max_tokens: str, *, stop: str = "stop", default_max_tokens: int | None = None) -> Sampling:
+    """The sampling fields that endpoints share; `max_tokens` and `stop` are what they call these."""
+    limit = fields.integer(max_tokens, 1, 1 << 31)
     n = fields.integer("n", 1, 128) or 1
     temperature = fields.number("temperature", 0, 2, 1.0)
     if n > 1 and temperature == 0:

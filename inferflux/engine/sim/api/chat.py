@@ -31,10 +31,9 @@ class ChatRenderer(Renderer):
         self._with_usage = with_usage
 
     def opening(self, num_choices: int) -> bytes:
-        return b"".join(
-            self._chunk([{"index": i, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}])
-            for i in range(num_choices)
-        )
+        delta = {"role": "assistant", "content": ""}
+        choices = [{"index": i, "delta": delta, "logprobs": None, "finish_reason": None} for i in range(num_choices)]
+        return b"".join(self._chunk([choice]) for choice in choices)
 
     def chunk(self, part: Emitted) -> bytes:
         choice = {
@@ -75,4 +74,4 @@ def plan(fields: Fields, model: str, request_id: str) -> Plan:
     prompt = chat_prompt(fields.get("messages"))
     name = "max_completion_tokens" if fields.has("max_completion_tokens") else "max_tokens"
     renderer = ChatRenderer(model, request_id, with_usage=fields.object("stream_options").flag("include_usage"))
-    return Plan((prompt,), sampling(fields, max_tokens=name), fields.flag("stream"), renderer)
+    return Plan((prompt,), sampling(fields, name), fields.flag("stream"), renderer)

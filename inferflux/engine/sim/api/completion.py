@@ -57,7 +57,7 @@ def plan(fields: Fields, model: str, request_id: str) -> Plan:
     fields.refuse(*UNSUPPORTED)
     prompts = _prompts(fields.get("prompt"))
     renderer = CompletionRenderer(model, request_id, with_usage=fields.object("stream_options").flag("include_usage"))
-    how = sampling(fields, max_tokens="max_tokens", default_max_tokens=DEFAULT_MAX_TOKENS)
+    how = sampling(fields, "max_tokens", default_max_tokens=DEFAULT_MAX_TOKENS)
     return Plan(prompts, how, fields.flag("stream"), renderer)
 
 

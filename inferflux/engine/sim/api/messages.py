@@ -40,7 +40,9 @@ class MessagesRenderer(Renderer):
         parts = [{"type": "text", "text": outcome.text}]
         return self._message(parts, _stop_reason(outcome), outcome.stop, usage)
 
-    def _message(self, parts: list[dict[str, str]], reason: str | None, stop: str | None, usage: Usage) -> dict[str, Any]:
+    def _message(
+        self, parts: list[dict[str, str]], reason: str | None, stop: str | None, usage: Usage
+    ) -> dict[str, Any]:
         head = {"id": self.id, "type": "message", "role": "assistant", "content": parts, "model": self.model}
         return {**head, "stop_reason": reason, "stop_sequence": stop, "usage": _usage(usage)}
 
@@ -68,5 +70,5 @@ def prompt(fields: Fields) -> tuple[int, ...]:
 def plan(fields: Fields, model: str, request_id: str) -> Plan:
     """Read a message call."""
     ids = prompt(fields)
-    how = sampling(fields, max_tokens="max_tokens", stop="stop_sequences")
+    how = sampling(fields, "max_tokens", stop="stop_sequences")
     return Plan((ids,), how, fields.flag("stream"), MessagesRenderer(model, request_id, len(ids)))

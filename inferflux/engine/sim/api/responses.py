@@ -102,6 +102,6 @@ def plan(fields: Fields, model: str, request_id: str) -> Plan:
         raise BadCall("input must be a string or a list of messages", param="input")
     turns = [{"role": "user", "content": value}] if isinstance(value, str) else value
     instructions = fields.text("instructions") if fields.has("instructions") else ""
-    how = sampling(fields, max_tokens="max_output_tokens")
+    how = sampling(fields, "max_output_tokens")
     renderer = ResponsesRenderer(model, request_id, how.max_tokens)
     return Plan((chat_prompt(turns, instructions),), how, fields.flag("stream"), renderer)

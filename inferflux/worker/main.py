@@ -1,0 +1,212 @@
+"""A worker process from start to end; the roles differ in a `Part`.
+
+prepare   pin to cores, create the arena: no loop, no threads yet
+start     engine (it may fork), then the gRPC server: whoever has threads must not fork
+prove     the engine's numerics, registered as starting; a mismatch keeps the worker up, failed and out of its pool
+serve     until a drain begins
+drain     announced to the registry; running requests finish, tickets run out, within a budget
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
+
+import grpc
+
+from inferflux.clock import SystemClock
+from inferflux.config import load
+from inferflux.engine import create
+from inferflux.engine.base import EngineInfo
+from inferflux.errors import ConfigError, NumericsMismatch, WorkerLost
+from inferflux.kv.arena import Arena
+from inferflux.kv.shm import ArenaServer, host_id
+from inferflux.lifecycle import Lifecycle
+from inferflux.process import Tasks, fail, run
+from inferflux.rpc.client import open_channel
+from inferflux.rpc.mtls import Identity
+from inferflux.rpc.server import RpcServer
+from inferflux.telemetry import metrics
+from inferflux.tickets import Issuer, TicketBook
+from inferflux.types import Role
+from inferflux.v1.worker_admin_service_pb2_grpc import add_WorkerAdminServiceServicer_to_server
+from inferflux.worker import admin
+from inferflux.worker.drain import Drain
+from inferflux.worker.progress import Progress
+from inferflux.worker.registration import Registration
+from inferflux.worker.settings import WorkerSettings
+from inferflux.worker.work import Work
+from inferflux.worker.worker import Worker
+
+WATCH_S = 0.25
+STOP_GRACE_S = 1.0
+_log = logging.getLogger(__name__)
+
+
+class Part(ABC):
+    """What a role adds to a worker."""
+
+    callers: Mapping[str, frozenset[str]]
+
+    @abstractmethod
+    def add_to(self, server: grpc.aio.Server) -> None:
+        """Add the role's servicers."""
+
+    @abstractmethod
+    async def run(self) -> None:
+        """Do the role's background work for ever."""
+
+    @abstractmethod
+    async def wait_over(self) -> None:
+        """Wait until nobody needs this worker, once no request runs any more."""
+
+    @abstractmethod
+    async def close(self) -> None:
+        """End what still runs and all streams; the last answers are still delivered."""
+
+
+MakePart = Callable[[Worker, Tasks], Part]
+
+
+def main(role: Role, make_part: MakePart) -> int:
+    """Run a worker configured by the environment; returns the exit code."""
+    try:
+        settings = load(WorkerSettings, os.environ)
+    except ConfigError as e:
+        return fail(role, e)
+    process = WorkerProcess(role, settings, make_part)
+    return run(role, settings.instance_id, settings, process.serve, prepare=process.prepare)
+
+
+class WorkerProcess:
+    """The life of one worker process."""
+
+    def __init__(self, role: Role, settings: WorkerSettings, make_part: MakePart) -> None:
+        self._role = role
+        self._settings = settings
+        self._make_part = make_part
+        self._arena: Arena | None = None
+
+    def prepare(self) -> None:
+        """Do what must precede the event loop."""
+        if self._role is Role.PREFILL:
+            self._arena = Arena.create(self._settings.kv_arena_bytes)
+
+    async def serve(self, lifecycle: Lifecycle) -> None:
+        """Serve until drained."""
+        identity = Identity.load(self._settings.pki_dir, self._role)
+        ticket_key = _read_secret(self._settings, "ticket.key")
+        async with self._worker(lifecycle, ticket_key) as worker, Tasks() as tasks:
+            part = self._make_part(worker, tasks)
+            server = RpcServer(identity, self._settings.bind, {**admin.CALLERS, **part.callers})
+            add_WorkerAdminServiceServicer_to_server(admin.AdminServicer(worker), server.grpc)
+            part.add_to(server.grpc)
+            address = await server.start()
+            try:
+                tasks.spawn(part.run(), "part")
+                tasks.spawn(_watch(worker), "engine-watch")
+                async with _registered(worker, address, identity, tasks) as announce:
+                    await _prove(worker)
+                    announce()
+                    await lifecycle.draining.wait()
+                    announce()
+                    await worker.drain.wait(worker.work.wait_idle, part.wait_over)
+                    await part.close()
+            finally:
+                await server.stop(STOP_GRACE_S)
+
+    @asynccontextmanager
+    async def _worker(self, lifecycle: Lifecycle, ticket_key: bytes) -> AsyncIterator[Worker]:
+        """Start the engine and what its blocks need; close everything at the end."""
+        engine = create(self._settings.engine, self._settings.engine_options(self._role), self._arena)
+        async with AsyncExitStack() as stack:
+            if self._arena is not None:
+                stack.callback(self._arena.close)
+            stack.push_async_callback(engine.close)
+            info = await engine.start()
+            book = await self._serve_arena(lifecycle, info, ticket_key, stack)
+            yield Worker(
+                role=self._role,
+                settings=self._settings,
+                lifecycle=lifecycle,
+                engine=engine,
+                info=info,
+                work=Work(lifecycle),
+                drain=Drain(lifecycle, self._settings.drain_budget_s),
+                host_id=host_id(),
+                ticket_key=ticket_key,
+                arena=self._arena,
+                book=book,
+            )
+
+    async def _serve_arena(
+        self, lifecycle: Lifecycle, info: EngineInfo, ticket_key: bytes, stack: AsyncExitStack
+    ) -> TicketBook | None:
+        if self._arena is None:
+            return None
+        self._arena.seal()
+        path = self._settings.arena_socket
+        server = ArenaServer(self._arena, path, lifecycle.incarnation)
+        stack.push_async_callback(server.close)
+        await server.start()
+        issuer = Issuer(
+            worker_id=lifecycle.instance_id,
+            incarnation=lifecycle.incarnation,
+            fingerprint=info.fingerprint,
+            socket_path=str(path),
+            host_id=host_id(),
+            key=ticket_key,
+        )
+        return TicketBook(self._arena, SystemClock(), issuer, lambda event, n: metrics.TICKETS.labels(event).inc(n))
+
+
+@asynccontextmanager
+async def _registered(
+    worker: Worker, address: str, identity: Identity, tasks: Tasks
+) -> AsyncIterator[Callable[[], None]]:
+    """Keep the worker registered inside the block; gives the function that announces a change of state."""
+    if not worker.settings.registry_address:
+        yield lambda: None
+        return
+    async with open_channel(worker.settings.registry_address, identity, "registry") as channel:
+        registration = Registration(worker, address, channel)
+        task = tasks.spawn(registration.run(), "registration")
+        try:
+            yield registration.announce
+        finally:
+            task.cancel()
+            await asyncio.wait([task])
+            await registration.leave()
+
+
+async def _prove(worker: Worker) -> None:
+    try:
+        await worker.engine.check_numerics()
+    except NumericsMismatch as e:
+        worker.lifecycle.set_failed(e.message)
+    else:
+        worker.lifecycle.set_ready()
+
+
+async def _watch(worker: Worker) -> None:
+    """Fail readiness while the engine is wedged, and the process when the engine is dead: it will not come back."""
+    progress = Progress(SystemClock(), worker.settings.wedge_s)
+    objection: str | None = None
+    worker.lifecycle.add_readiness("engine", lambda: objection)
+    while True:
+        load = worker.engine.load()
+        if not load.is_alive:
+            raise WorkerLost("the engine is dead")
+        objection = progress.observe(load)
+        await asyncio.sleep(WATCH_S)
+
+
+def _read_secret(settings: WorkerSettings, name: str) -> bytes:
+    try:
+        return (settings.secrets_dir / name).read_bytes()
+    except OSError as e:
+        raise ConfigError(f"no usable secret {name} in {settings.secrets_dir}: {e}") from e

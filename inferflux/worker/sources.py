@@ -1,0 +1,46 @@
+"""From the tickets of a request to blocks that its engine may read. The last check before KV becomes tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from inferflux import tickets
+from inferflux.engine.base import KvSource
+from inferflux.errors import KvError
+from inferflux.types import KvReport, ModelFingerprint, PrefilledPrompt, RequestContext, SignedTicket
+
+
+class TicketGate:
+    """Lets through the tickets that were signed for this request, this model and this host. Pure."""
+
+    def __init__(self, key: bytes, fingerprint: ModelFingerprint, host_id: str) -> None:
+        self._key = key
+        self._fingerprint = fingerprint
+        self._host_id = host_id
+
+    def admit(
+        self, context: RequestContext, prompts: Sequence[PrefilledPrompt]
+    ) -> tuple[list[KvSource], list[KvReport]]:
+        """Sources for the engine, and a report for each ticket that is refused."""
+        sources: list[KvSource] = []
+        refused: list[KvReport] = []
+        for prompt in prompts:
+            if prompt.ticket is None:
+                continue
+            try:
+                sources.append(self._source(context, prompt, prompt.ticket))
+            except KvError as e:
+                refused.append(KvReport(prompt.ticket.ticket_id, "recomputed", e.kv_reason))
+        return sources, refused
+
+    def _source(self, context: RequestContext, prompt: PrefilledPrompt, signed: SignedTicket) -> KvSource:
+        ticket = tickets.verify(signed, self._key)
+        tickets.check(
+            ticket,
+            request_id=context.request_id,
+            tenant=context.tenant,
+            prompt_digest=prompt.prompt_digest,
+            fingerprint=self._fingerprint,
+            host_id=self._host_id,
+        )
+        return ticket.to_source(prompt.token_ids)

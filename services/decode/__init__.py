@@ -1,0 +1,1 @@
+"""The decode worker: turns tickets into streams of tokens."""

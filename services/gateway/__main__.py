@@ -1,0 +1,86 @@
+"""The gateway's process: settings, wiring, drain."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from functools import partial
+from pathlib import Path
+
+from inferflux.config import load
+from inferflux.errors import ConfigError
+from inferflux.lifecycle import Lifecycle
+from inferflux.process import Tasks, fail, run
+from inferflux.rpc.client import open_channel
+from inferflux.rpc.mtls import Identity
+from services.gateway.admin import AdminApi
+from services.gateway.app import create_app
+from services.gateway.auth import Authenticator, KeyRing
+from services.gateway.control import PolicyClient, RegistryClient
+from services.gateway.inference import Inference
+from services.gateway.pool import Caller, Pool
+from services.gateway.server import HttpServer, bind
+from services.gateway.settings import Settings
+from services.gateway.snapshots import Snapshot
+from services.gateway.views import ClusterView
+
+
+async def serve(settings: Settings, sock: socket.socket, lifecycle: Lifecycle) -> None:
+    """Serve until drained. Starts, and stays, without the other services; /readyz says what is missing."""
+    identity = Identity.load(settings.pki_dir, "gateway")
+    pepper, tenant_key = (_read_secret(settings.secrets_dir / name) for name in ("pepper.key", "tenant.key"))
+    caller = Caller(settings.instance_id, f"{settings.instance_id}.{lifecycle.incarnation}", identity)
+    async with (
+        open_channel(settings.policy_address, identity, "policy") as policy_channel,
+        open_channel(settings.registry_address, identity, "registry") as registry_channel,
+        Tasks() as tasks,
+    ):
+        policy_client = PolicyClient(policy_channel, settings.instance_id, tenant_key)
+        registry_client = RegistryClient(registry_channel, settings.instance_id)
+        policy = Snapshot[KeyRing]("policy")
+        pool = Pool(caller, tasks, dead_s=settings.worker_dead_s, max_buffered_bytes=settings.max_buffered_bytes)
+        registry = Snapshot[ClusterView]("registry", pool.reconcile)
+        inference = Inference(
+            auth=Authenticator(pepper, lambda: policy.value),
+            pool=pool,
+            policy_revision=lambda: policy.revision,
+            limits=settings.body_limits,
+            timeout_s=settings.request_timeout_s,
+            is_logged=settings.access_log,
+        )
+        app = create_app(inference, AdminApi(policy_client, policy.reached), pool.models, lifecycle)
+        lifecycle.add_readiness("policy", lambda: None if policy.value is not None else "not heard yet")
+        lifecycle.add_readiness("workers", pool.objection)
+        tasks.spawn(policy.follow(policy_client.watch), "policy")
+        tasks.spawn(registry.follow(registry_client.watch), "registry")
+        tasks.spawn(pool.watch_hearts(), "hearts")
+        server = HttpServer(app, settings)
+        serving = tasks.spawn(server.serve(sockets=[sock]), "http", may_return=True)
+        await server.listening.wait()
+        lifecycle.set_ready()
+        await lifecycle.draining.wait()
+        server.drain()
+        await serving
+
+
+def _read_secret(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as e:
+        raise ConfigError(f"cannot read {path}: {e.strerror}") from e
+
+
+def main() -> int:
+    """Run the gateway; returns the exit code."""
+    try:
+        settings = load(Settings, os.environ)
+        sock = bind(settings.http_host, settings.http_port)
+    except ConfigError as e:
+        return fail("gateway", e)
+    with sock:
+        return run("gateway", settings.instance_id, settings, partial(serve, settings, sock))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,112 @@
+"""The admin API: keys over HTTP, for administrators who reach the cluster only through its gateway."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime
+from typing import Annotated, Any
+
+import orjson
+from fastapi import APIRouter, Request, Response
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from inferflux.errors import InvalidRequest
+from services.gateway import envelope
+from services.gateway.asgi import header_map
+from services.gateway.control import KeyInfo, NewKey, PolicyClient
+from services.gateway.endpoints import Scope
+from services.gateway.envelope import BodyLimits
+
+LIMITS = BodyLimits(max_bytes=64 * 1024, max_depth=8)
+# A write reaches this gateway within 250 ms; an administrator may use what he made as soon as he has the answer.
+OWN_WRITES_S = 1.0
+Reached = Callable[[int, float], Awaitable[bool]]
+
+
+class NewKeyBody(BaseModel):
+    """What POST /v1/admin/api_keys takes. `expires_at`: seconds since the epoch; None = never."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    name: Annotated[str, Field(min_length=1, max_length=64)]
+    scopes: Annotated[list[str], Field(min_length=1, max_length=8)]
+    tenant: str = ""
+    priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] = 0
+    expires_at: Annotated[int, Field(gt=0, lt=2**33)] | None = None
+    secret: str = Field(default="", repr=False)
+
+
+class AdminApi:
+    """Handlers of the admin routes. `reached` waits until this gateway uses a policy revision."""
+
+    def __init__(self, policy: PolicyClient, reached: Reached) -> None:
+        self._policy = policy
+        self._reached = reached
+
+    def router(self) -> APIRouter:
+        """Make the routes."""
+        router, path = APIRouter(), "/v1/admin/api_keys"
+        router.add_api_route(path, self.list_keys, methods=["GET"])
+        router.add_api_route(path, self.create_key, methods=["POST"])
+        router.add_api_route(path + "/{key_id}", self.revoke_key, methods=["DELETE"])
+        return router
+
+    async def list_keys(self) -> Response:
+        keys, revision = await self._policy.list_keys()
+        return _json({"object": "list", "data": [_document(key) for key in keys], "revision": revision})
+
+    async def create_key(self, request: Request) -> Response:
+        body = await _read(request)
+        key, secret, revision = await self._policy.create_key(_new_key(body))
+        await self._reached(revision, OWN_WRITES_S)
+        return _json(_document(key) | {"secret": secret, "revision": revision}, 201)
+
+    async def revoke_key(self, key_id: str) -> Response:
+        revision = await self._policy.revoke_key(key_id)
+        await self._reached(revision, OWN_WRITES_S)
+        return _json({"id": key_id, "object": "api_key", "revoked": True, "revision": revision})
+
+
+async def _read(request: Request) -> NewKeyBody:
+    data = await envelope.read_body(request.receive, header_map(request.headers.raw), LIMITS)
+    try:
+        return NewKeyBody.model_validate(envelope.parse_object(data, LIMITS))
+    except ValidationError as e:
+        first = e.errors(include_input=False, include_url=False, include_context=False)[0]
+        field = ".".join(map(str, first["loc"]))
+        raise InvalidRequest(f"{field}: {first['msg']}", param=field) from e
+
+
+def _new_key(body: NewKeyBody) -> NewKey:
+    return NewKey(
+        name=body.name,
+        scopes=tuple(_scope(name) for name in body.scopes),
+        tenant=body.tenant,
+        priority=body.priority,
+        expires_at=datetime.fromtimestamp(body.expires_at, UTC) if body.expires_at is not None else None,
+        secret=body.secret,
+    )
+
+
+def _scope(name: str) -> Scope:
+    try:
+        return Scope(name)
+    except ValueError as e:
+        raise InvalidRequest(f"scopes are {', '.join(Scope)}", param="scopes") from e
+
+
+def _document(key: KeyInfo) -> dict[str, Any]:
+    return {
+        "id": key.key_id,
+        "object": "api_key",
+        "name": key.name,
+        "tenant": key.tenant,
+        "scopes": [scope.value for scope in key.scopes],
+        "priority": key.priority,
+        "created_at": int(key.created_at.timestamp()),
+        "expires_at": int(key.expires_at.timestamp()) if key.expires_at is not None else None,
+    }
+
+
+def _json(document: dict[str, Any], status: int = 200) -> Response:
+    return Response(orjson.dumps(document), status, media_type="application/json")

@@ -1,0 +1,170 @@
+"""All routes of the gateway. Each is public, or behind a gate that says which scopes it takes: there is no third kind.
+
+Inference goes through one raw ASGI endpoint with a gate of its own; the rest is rare and small, and uses the framework.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+from fastapi import APIRouter, Depends, FastAPI, Request, Response
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp
+
+from inferflux import ops
+from inferflux.errors import InferfluxError, ModelNotFound, NotFound
+from inferflux.lifecycle import Lifecycle
+from inferflux.telemetry import metrics
+from services.gateway import failures
+from services.gateway.admin import AdminApi
+from services.gateway.asgi import AsgiScope, Message, Receive, Send, header_map
+from services.gateway.auth import Authenticator
+from services.gateway.endpoints import ENDPOINTS, Dialect, Scope
+from services.gateway.inference import Inference, new_request_id
+from services.gateway.views import Model
+
+Models = Callable[[], tuple[Model, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class Gate:
+    """Lets requests through whose key has one of the scopes.
+
+    `is_open_to_loopback`: also those that come from this machine, whoever sends them.
+    """
+
+    auth: Authenticator
+    scopes: tuple[Scope, ...]
+    is_open_to_loopback: bool = False
+
+    async def __call__(self, request: Request) -> None:
+        """Raise Unauthenticated or PermissionDenied, or return."""
+        if self.is_open_to_loopback and _is_loopback(request):
+            return
+        principal = self.auth.authenticate(header_map(request.headers.raw))
+        principal.require(*self.scopes)
+
+
+@dataclass(frozen=True, slots=True)
+class Doorway:
+    """The outermost middleware: takes inference requests out of the framework's way, and stamps all other responses."""
+
+    app: ASGIApp
+    inference: Inference
+
+    async def __call__(self, scope: AsgiScope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        if scope["path"] in ENDPOINTS:
+            await self.inference(scope, receive, send)
+            return
+        headers = self.inference.response_headers(new_request_id())
+
+        async def stamp(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message["headers"], *headers]
+            await send(message)
+
+        await self.app(scope, receive, stamp)
+
+
+def create_app(inference: Inference, admin: AdminApi, models: Models, lifecycle: Lifecycle) -> FastAPI:
+    """Put all routes together."""
+    auth = inference.auth
+    app = FastAPI(openapi_url=None, redirect_slashes=False)
+    app.include_router(_health_routes(lifecycle))
+    app.include_router(_metrics_routes(), dependencies=[Depends(Gate(auth, (Scope.READ,), is_open_to_loopback=True))])
+    app.include_router(_model_routes(models), dependencies=[Depends(Gate(auth, (Scope.READ, Scope.GENERATE)))])
+    app.include_router(admin.router(), dependencies=[Depends(Gate(auth, (Scope.ADMIN,)))])
+    app.add_middleware(Doorway, inference=inference)
+    for kind in (InferfluxError, HTTPException, Exception):
+        app.add_exception_handler(kind, _answer_error)
+    return app
+
+
+def _health_routes(lifecycle: Lifecycle) -> APIRouter:
+    router = APIRouter()
+
+    async def livez() -> Response:
+        return Response("ok\n", media_type="text/plain")
+
+    async def healthz() -> Response:
+        return _json(ops.status(lifecycle))
+
+    async def readyz() -> Response:
+        status = ops.status(lifecycle)
+        return _json(status, 200 if status["ready"] else 503)
+
+    router.add_api_route("/livez", livez, methods=["GET"])
+    router.add_api_route("/healthz", healthz, methods=["GET"])
+    router.add_api_route("/readyz", readyz, methods=["GET"])
+    return router
+
+
+def _metrics_routes() -> APIRouter:
+    router = APIRouter()
+
+    async def exposition() -> Response:
+        content_type, text = metrics.render()
+        return Response(text, media_type=content_type)
+
+    router.add_api_route("/metrics", exposition, methods=["GET"])
+    return router
+
+
+def _model_routes(models: Models) -> APIRouter:
+    router = APIRouter()
+
+    async def list_models() -> Response:
+        return _json({"object": "list", "data": [_model(model) for model in models()]})
+
+    async def get_model(name: str) -> Response:
+        for model in models():
+            if model.name == name:
+                return _json(_model(model))
+        raise ModelNotFound(f"the model {name!r} does not exist", param="model")
+
+    router.add_api_route("/v1/models", list_models, methods=["GET"])
+    router.add_api_route("/v1/models/{name:path}", get_model, methods=["GET"])
+    return router
+
+
+def _model(model: Model) -> dict[str, Any]:
+    return {
+        "id": model.name,
+        "object": "model",
+        "created": model.created_at,
+        "owned_by": "inferflux",
+        "max_model_len": model.max_model_len,
+        "dtype": model.dtype,
+        "digest": model.digest,
+        "capabilities": list(model.capabilities),
+        "is_default": model.is_default,
+    }
+
+
+async def _answer_error(request: Request, error: Exception) -> Response:
+    shown = _of_framework(error, request) if isinstance(error, HTTPException) else failures.shown(error)
+    headers = {name.decode(): value.decode() for name, value in failures.headers(shown)}
+    body = failures.body(shown, Dialect.OPENAI, request_id="")
+    return Response(body, shown.http_status, headers, media_type="application/json")
+
+
+def _of_framework(error: HTTPException, request: Request) -> InferfluxError:
+    if error.status_code == 405:
+        return failures.MethodNotAllowed((error.headers or {}).get("Allow", ""))
+    return NotFound(f"there is nothing at {request.method} {request.url.path[:256]}")
+
+
+def _is_loopback(request: Request) -> bool:
+    try:
+        return request.client is not None and ipaddress.ip_address(request.client.host).is_loopback
+    except ValueError:
+        return False
+
+
+def _json(document: dict[str, Any], status: int = 200) -> Response:
+    return Response(orjson.dumps(document), status, media_type="application/json")

@@ -1,0 +1,62 @@
+"""One inference request on its way: what the client asked, who it is, until when, and how far it is."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from inferflux.telemetry import tracing
+from inferflux.types import HttpCall, RequestContext, Usage
+from inferflux.v1 import types_pb2
+from services.gateway.auth import Principal
+from services.gateway.endpoints import Endpoint, Kind
+
+
+class Phase(StrEnum):
+    """Where a request is; a label of metrics."""
+
+    READING = "reading"
+    ROUTING = "routing"
+    PREFILL = "prefill"
+    DECODE = "decode"
+    STREAM = "stream"
+
+
+@dataclass(slots=True)
+class Call:
+    """One request. Instants are in the loop's time. The fields from `phase` on change as it proceeds."""
+
+    request_id: str
+    endpoint: Endpoint
+    principal: Principal
+    model: str
+    http: HttpCall
+    received_at: float
+    deadline_at: float
+    traceparent: str = ""
+    phase: Phase = Phase.ROUTING
+    prefill_worker: str = ""
+    decode_worker: str = ""
+    usage: Usage = field(default_factory=Usage)
+
+    @property
+    def needs_prefill(self) -> bool:
+        """Whether the call has a prompt to compute."""
+        return self.endpoint.kind is Kind.GENERATE
+
+    def span(self, name: str) -> AbstractContextManager[tracing.Span]:
+        """Open a span of this request."""
+        return tracing.start_span(name, self.traceparent)
+
+    def context(self, span: tracing.Span) -> types_pb2.RequestContext:
+        """Make what the next hop must know, with the time that is left now."""
+        return RequestContext(
+            request_id=self.request_id,
+            tenant=self.principal.tenant,
+            cache_salt=self.principal.cache_salt,
+            traceparent=span.traceparent,
+            time_left_s=max(0.0, self.deadline_at - asyncio.get_running_loop().time()),
+            priority=self.principal.priority,
+        ).to_proto()

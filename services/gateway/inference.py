@@ -1,0 +1,118 @@
+"""The raw ASGI endpoint of all inference paths: checks a request, walks it through the cluster, ends it properly.
+
+No framework objects on this path: it runs for every token.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from inferflux.errors import Draining, InferfluxError, InvalidRequest
+from inferflux.telemetry import logs, metrics, tracing
+from inferflux.types import HttpCall
+from services.gateway import envelope, failures, flow
+from services.gateway.account import ROLE, Account
+from services.gateway.asgi import AsgiScope, ClientGone, Headers, RawHeaders, Receive, Send, header_map
+from services.gateway.auth import Authenticator
+from services.gateway.call import Call
+from services.gateway.endpoints import ENDPOINTS, Endpoint
+from services.gateway.envelope import BodyLimits
+from services.gateway.lifeline import Lifeline
+from services.gateway.pool import Pool
+from services.gateway.reply import Reply
+
+REQUEST_ID, POLICY_REVISION = b"x-request-id", b"x-inferflux-policy-rev"
+TIMEOUT = b"x-inferflux-timeout-ms"
+# What a worker's application may read. Never credentials, cookies, or anything about the client's network.
+_FORWARDED = (b"content-type", b"accept", b"user-agent", b"anthropic-version", b"anthropic-beta", b"openai-beta")
+_log = logging.getLogger(__name__)
+_inflight = metrics.INFLIGHT.labels(ROLE)
+
+
+@dataclass(frozen=True, slots=True)
+class Inference:
+    """Serves every path of ENDPOINTS. `policy_revision` gives the revision in use."""
+
+    auth: Authenticator
+    pool: Pool
+    policy_revision: Callable[[], int]
+    limits: BodyLimits
+    timeout_s: float
+    is_logged: bool
+
+    async def __call__(self, scope: AsgiScope, receive: Receive, send: Send) -> None:
+        """Answer one request; whatever happens, it ends in an answer, in one error, or without a client."""
+        request_id = new_request_id()
+        endpoint = ENDPOINTS[scope["path"]]
+        reply = Reply(send, request_id, endpoint.dialect, self.response_headers(request_id))
+        account = Account(request_id, endpoint, reply, is_logged=self.is_logged)
+        is_gone = False
+        _inflight.inc()
+        with logs.request_id(request_id):
+            try:
+                await self._serve(scope, receive, reply, account)
+            except ClientGone:
+                is_gone = True
+            except asyncio.CancelledError:  # the server's last word when it drains
+                await reply.fail(Draining("the gateway is shutting down"))
+            except Exception as e:  # noqa: BLE001 - the border: every error becomes an answer
+                if not isinstance(e, InferfluxError):
+                    _log.exception("request failed")
+                await reply.fail(failures.shown(e))
+            finally:
+                _inflight.dec()
+                account.close(is_gone=is_gone)
+
+    def response_headers(self, request_id: str) -> RawHeaders:
+        """Make the headers of every response."""
+        return [(REQUEST_ID, request_id.encode()), (POLICY_REVISION, str(self.policy_revision()).encode())]
+
+    async def _serve(self, scope: AsgiScope, receive: Receive, reply: Reply, account: Account) -> None:
+        arrived_at = asyncio.get_running_loop().time()
+        endpoint = account.endpoint
+        if scope["method"] != "POST":
+            raise failures.MethodNotAllowed("POST")
+        headers = header_map(scope["headers"])
+        principal = self.auth.authorize(headers, endpoint.scope)
+        deadline_at = arrived_at + self._timeout_s(headers)
+        body = await envelope.read_body(receive, headers, self.limits)
+        known = envelope.parse(body, self.limits)
+        with tracing.start_span("request", headers.get(b"traceparent", b"").decode("latin-1")) as span:
+            account.call = call = Call(
+                request_id=account.request_id,
+                endpoint=endpoint,
+                principal=principal,
+                model=self.pool.resolve(known.model),
+                http=_http_call(endpoint, scope, headers, body),
+                received_at=asyncio.get_running_loop().time(),
+                deadline_at=deadline_at,
+                traceparent=span.traceparent,
+            )
+            async with Lifeline(receive, deadline_at):
+                await flow.serve(call, self.pool, reply)
+
+    def _timeout_s(self, headers: Headers) -> float:
+        """Read the client's wish; it can only shorten the deadline."""
+        wish = headers.get(TIMEOUT)
+        if wish is None:
+            return self.timeout_s
+        if not re.fullmatch(rb"[1-9][0-9]{0,8}", wish):
+            raise InvalidRequest(
+                "x-inferflux-timeout-ms must be a positive number of milliseconds", param=TIMEOUT.decode()
+            )
+        return min(self.timeout_s, int(wish) / 1000)
+
+
+def new_request_id() -> str:
+    """Name a request; unique for the cluster, and nobody can guess another's."""
+    return "req_" + secrets.token_hex(12)
+
+
+def _http_call(endpoint: Endpoint, scope: AsgiScope, headers: Headers, body: bytes) -> HttpCall:
+    forwarded = tuple((n.decode(), headers[n].decode("latin-1")) for n in _FORWARDED if n in headers)
+    return HttpCall("POST", endpoint.path, body, scope["query_string"].decode("latin-1"), forwarded)

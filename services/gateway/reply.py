@@ -1,0 +1,98 @@
+"""The client's side of one request: the only writer of its response.
+
+The head waits for the first byte of the body, so that everything which fails before it is still a proper HTTP error.
+Event streams then flow byte for byte; every other response is sent as one piece when it is complete.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+from inferflux.errors import InferfluxError, Internal
+from inferflux.types import HttpAnswer, HttpHead
+from services.gateway import failures, sse
+from services.gateway.asgi import RawHeaders, Send, encode_headers
+from services.gateway.endpoints import Dialect
+
+# Of the connection between worker and gateway, or set by the gateway itself.
+_NOT_FORWARDED = frozenset(
+    ("connection", "keep-alive", "transfer-encoding", "content-length", "date", "server", "set-cookie", "x-request-id")
+)
+_SSE_HEADERS: RawHeaders = [(b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
+
+
+class Reply:
+    """One response. `headers` go on it, whatever it becomes.
+
+    `status` 0: nothing is written yet. `first_at`: when the first byte was, in the loop's time.
+    """
+
+    def __init__(self, send: Send, request_id: str, dialect: Dialect, headers: RawHeaders) -> None:
+        self.status = 0
+        self.first_at = 0.0
+        self.num_bytes = 0
+        self.is_streaming = False
+        self.error: InferfluxError | None = None
+        self._send = send
+        self._request_id = request_id
+        self._dialect = dialect
+        self._headers = headers
+        self._held: list[bytes] = []
+
+    @property
+    def has_started(self) -> bool:
+        """Whether anything has been written: then the status can't change any more."""
+        return self.status != 0
+
+    async def write(self, head: HttpHead | None, data: bytes) -> None:
+        """Take the next bytes of the body of a worker's response."""
+        if self.is_streaming:
+            self.num_bytes += len(data)
+            await self._send({"type": "http.response.body", "body": data, "more_body": True})
+        elif head is not None and _is_event_stream(head):
+            self.is_streaming = True
+            await self._start(head, _SSE_HEADERS)
+            await self.write(head, data)
+        else:
+            self._held.append(data)
+
+    async def finish(self, head: HttpHead | None) -> None:
+        """End the response of a worker that has sent everything. Raises Internal when that is nothing."""
+        if self.is_streaming:
+            await self._send({"type": "http.response.body", "body": b""})
+        elif head is None or _is_event_stream(head):
+            raise Internal("the worker ended the request without an answer")
+        else:
+            await self.answer(HttpAnswer(head, b"".join(self._held)))
+
+    async def answer(self, answer: HttpAnswer) -> None:
+        """Send a complete response of a worker."""
+        await self._start(answer.head, [(b"content-length", str(len(answer.body)).encode())])
+        await self._end(answer.body)
+
+    async def fail(self, error: InferfluxError) -> None:
+        """End the response with an error: as its status and body, or as the last event of a stream that has begun."""
+        self.error = error
+        if self.is_streaming:
+            await self._end(sse.error_event(error, self._dialect, self._request_id))
+        elif not self.has_started:
+            body = failures.body(error, self._dialect, self._request_id)
+            length = (b"content-length", str(len(body)).encode())
+            json = (b"content-type", b"application/json")
+            await self._start(HttpHead(error.http_status), [json, length, *failures.headers(error)])
+            await self._end(body)
+
+    async def _start(self, head: HttpHead, extra: RawHeaders) -> None:
+        self.status = head.status
+        self.first_at = asyncio.get_running_loop().time()
+        theirs = encode_headers((name, value) for name, value in head.headers if name not in _NOT_FORWARDED)
+        headers = [*theirs, *extra, *self._headers]
+        await self._send({"type": "http.response.start", "status": head.status, "headers": headers})
+
+    async def _end(self, data: bytes) -> None:
+        self.num_bytes += len(data)
+        await self._send({"type": "http.response.body", "body": data})
+
+
+def _is_event_stream(head: HttpHead) -> bool:
+    return any(name == "content-type" and value.startswith("text/event-stream") for name, value in head.headers)

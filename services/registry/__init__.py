@@ -1,0 +1,1 @@
+"""Which workers and models there are: leases, records, and their snapshots for gateways."""

@@ -1,0 +1,244 @@
+"""The registry's state in this process: leases and models, fed to watchers, mirrored in Redis.
+
+Registering never touches Redis: leases live in memory, and tasks carry them to the mirror and bring in what other
+replicas, or an earlier start of this one, put there. While Redis is away all this goes on without it; only an
+operator's changes of models are refused.
+
+A registry that has just started does not know its workers before they have had one lease to renew. Until then it is not
+*settled*, and a gateway that already has a snapshot gets no new one: it keeps its workers instead of losing them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from inferflux.clock import Clock
+from inferflux.errors import Conflict, Unavailable
+from inferflux.feed import Feed
+from inferflux.telemetry.metrics import SNAPSHOT_REVISION, STORE_UP
+from services.registry.leases import LeaseTable
+from services.registry.models import Model, ModelBook
+from services.registry.roster import Roster
+from services.registry.store import RegistryStore
+from services.registry.workers import Worker
+
+log = logging.getLogger(__name__)
+
+LEASE_S = 3.0
+TICK_S = 0.5
+MIRROR_S = 1.0
+MAX_BACKOFF_S = 1.0
+FORGET_S = 60.0
+"""A roster that has not changed for so long belongs to a replica that is gone."""
+MAX_REVISION = 2**62
+"""Far above any clock, far below the end of uint64: what claims more is broken."""
+
+
+@dataclass(frozen=True, slots=True)
+class Content:
+    """What a snapshot says."""
+
+    workers: tuple[Worker, ...] = ()
+    models: tuple[Model, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Sighting:
+    """The newest beat of another replica and when it was new, in monotonic seconds."""
+
+    beat: int
+    at: float
+
+
+class Directory:
+    """Owns the registry's state. `owner` names this start of this replica. Used from one event loop."""
+
+    def __init__(self, store: RegistryStore, clock: Clock, owner: str, lease_s: float = LEASE_S) -> None:
+        self.feed: Feed[Content] = Feed()
+        self.leases = LeaseTable(clock, lease_s)
+        self._store = store
+        self._clock = clock
+        self._owner = owner
+        self._book = ModelBook()
+        self._unsaved: dict[str, Model] = {}
+        self._sightings: dict[str, Sighting] = {}
+        self._settled = asyncio.Event()
+        self._settles_at = clock.monotonic() + lease_s
+        self._changed = asyncio.Event()
+        self._is_up: bool | None = None
+        self._publish(Content())
+
+    def register(self, worker: Worker, model: Model) -> None:
+        """Take a worker in or renew its lease. Raises Conflict for an incarnation that is over."""
+        known = self.leases.find(worker.worker_id)
+        self.leases.renew(worker)
+        is_new = known is None or known.incarnation != worker.incarnation
+        if is_new or model.name not in self._models().models:
+            self._unsaved[model.name] = replace(model, created_at_ms=self.now_ms())
+        if known != worker:
+            log.info("worker registered", extra=_describe(worker))
+            self._changed.set()
+            self._update()
+
+    def deregister(self, worker_id: str, incarnation: str) -> None:
+        """Take one start of a worker out at once. Idempotent."""
+        self.leases.drop(worker_id, incarnation)
+        log.info("worker deregistered", extra={"worker_id": worker_id, "incarnation": incarnation})
+        self._changed.set()
+        self._update()
+
+    async def put_model(self, model: Model) -> int:
+        """Create or replace a record; returns the first snapshot revision that has it. Raises Unavailable."""
+        await self._change(lambda stored: stored.put(model, self.now_ms()))
+        return self.feed.revision
+
+    async def delete_model(self, name: str) -> int:
+        """Remove a record; returns the first snapshot revision without it.
+
+        Raises Conflict while workers serve it (they would make it known again), NotFound, Unavailable.
+        """
+        if serving := [worker.worker_id for worker in self.leases.workers() if worker.model == name]:
+            raise Conflict(f"model {name!r} is served by {', '.join(serving)}")
+        self._unsaved.pop(name, None)
+        await self._change(lambda stored: stored.delete(name, self.now_ms()))
+        return self.feed.revision
+
+    async def overtake(self, revision: int) -> None:
+        """Get above a revision that a gateway has, once settled."""
+        if revision:
+            await self._settled.wait()
+        if self.feed.revision < revision < MAX_REVISION:
+            self._publish(self._content(), floor=revision)
+
+    def now_ms(self) -> int:
+        return int(self._clock.time() * 1000)
+
+    async def run_leases(self) -> None:
+        """End leases in time, for ever."""
+        while True:
+            await asyncio.sleep(TICK_S)
+            self.tick()
+
+    def tick(self) -> None:
+        """End the leases that are over."""
+        for worker in self.leases.expire():
+            log.warning("worker lease expired", extra=_describe(worker))
+        if not self._is_up:
+            self.leases.hold_adopted()
+        if self._clock.monotonic() >= self._settles_at:
+            self._settled.set()
+        self._update()
+
+    async def run_writer(self) -> None:
+        """Mirror this replica's leases: at once when they change, else each second, for ever."""
+        beat = 0
+        while True:
+            is_news, beat = self._changed.is_set(), beat + 1
+            self._changed.clear()
+            try:
+                if self._unsaved:  # first, so that nobody sees a worker whose model is unknown
+                    await self._change(lambda stored: stored)
+                roster = Roster(beat, self.leases.direct(), self.leases.gone())
+                await self._store.write_roster(self._owner, roster, announce=is_news)
+            except Unavailable as e:
+                log.debug("not mirrored", extra={"reason": e.message})
+            await _wait(self._changed, MIRROR_S)
+
+    async def run_reader(self) -> None:
+        """Follow what others mirror, for ever, through all absences of the store."""
+        backoff_s = 0.05
+        while True:
+            try:
+                async with self._store.subscribe() as wait:
+                    await self._read()
+                    self._note(is_up=True)
+                    backoff_s = 0.05
+                    while True:
+                        await wait(MIRROR_S)
+                        await self._read()
+            except Unavailable as e:
+                self._note(is_up=False, reason=e.message)
+            await asyncio.sleep(backoff_s * random.uniform(0.5, 1.0))  # noqa: S311  -- jitter
+            backoff_s = min(2 * backoff_s, MAX_BACKOFF_S)
+
+    async def _read(self) -> None:
+        revision, rosters = await self._store.read()
+        for owner, roster in rosters.items():
+            if owner != self._owner:
+                await self._take_over(owner, roster)
+        if revision != self._book.revision:
+            await self._change(lambda stored: stored)
+        self._update()
+
+    async def _take_over(self, owner: str, roster: Roster) -> None:
+        now, seen = self._clock.monotonic(), self._sightings.get(owner)
+        if seen is None or seen.beat != roster.beat:
+            self._sightings[owner] = Sighting(roster.beat, now)
+            for worker_id, incarnation in roster.gone.items():
+                self.leases.drop(worker_id, incarnation)
+            for worker in roster.workers:
+                self.leases.adopt(worker)
+        elif seen.at + FORGET_S < now:
+            del self._sightings[owner]
+            await self._store.forget(owner)
+
+    async def _change(self, edit: Callable[[ModelBook], ModelBook]) -> None:
+        """Apply `edit` to the store's models and take the result over, with all that workers told us of theirs."""
+        unsaved = dict(self._unsaved)
+
+        def edit_repaired(stored: ModelBook) -> ModelBook:
+            now_ms = self.now_ms()
+            return edit(stored.restore(self._book, now_ms).learn(unsaved.values(), now_ms))
+
+        book = await self._store.update(edit_repaired)
+        if book.revision > self._book.revision:
+            self._book = book
+        for name, model in unsaved.items():
+            if self._unsaved.get(name) is model:
+                del self._unsaved[name]
+        self._update()
+
+    def _models(self) -> ModelBook:
+        return self._book.learn(self._unsaved.values(), self.now_ms())
+
+    def _content(self) -> Content:
+        workers = self.leases.workers()
+        return Content(workers, self._models().listed(worker.model for worker in workers))
+
+    def _update(self) -> None:
+        if (content := self._content()) != self._published:
+            self._publish(content)
+
+    def _publish(self, content: Content, floor: int = 0) -> None:
+        self._published = content
+        revision = max(self.feed.revision + 1, floor + 1, self.now_ms())
+        self.feed.publish(revision, content)
+        SNAPSHOT_REVISION.labels("registry").set(revision)
+
+    def _note(self, *, is_up: bool, reason: str = "") -> None:
+        STORE_UP.labels("registry").set(is_up)
+        if is_up is not self._is_up:
+            self._is_up = is_up
+            level = logging.INFO if is_up else logging.ERROR
+            log.log(level, "registry store is %s", "up" if is_up else "away", extra={"reason": reason})
+
+
+async def _wait(event: asyncio.Event, timeout_s: float) -> None:
+    try:
+        async with asyncio.timeout(timeout_s):
+            await event.wait()
+    except TimeoutError:
+        pass
+
+
+def _describe(worker: Worker) -> dict[str, str]:
+    return {
+        "worker_id": worker.worker_id,
+        "incarnation": worker.incarnation,
+        "worker_state": worker.state,
+        "reason": worker.reason,
+    }
