@@ -190,7 +190,7 @@ async def vllm_router(path: Path) -> AsyncIterator[Target]:
     backend_url = f"http://127.0.0.1:{backend.sockets[0].getsockname()[1]}"
     port, metrics_port = free_port(), free_port()
     command = [sys.executable, "-m", "vllm_router.launch_router", "--host", "127.0.0.1", "--port", str(port)]
-    command += ["--worker-urls", backend_url, "--policy", "round_robin", "--log-level", "warn"]
+    command += ["--worker-urls", backend_url, "--policy", "round_robin", "--log-level", "error"]
     command += ["--prometheus-port", str(metrics_port)]
     environ = {**os.environ, "PYTHONPATH": str(path)}
     process = await asyncio.create_subprocess_exec(*command, env=environ, stdout=subprocess.DEVNULL)

@@ -10,18 +10,25 @@ import pytest
 
 from tests.support.leaks import Traces, left_behind, unfinished_tasks
 
+BEFORE = pytest.StashKey[Traces]()
+
 
 @pytest.fixture(autouse=True)
-def leaves_no_traces(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Fail a test that leaves processes, file descriptors, arenas or shared memory behind.
+def _before(request: pytest.FixtureRequest) -> None:
+    """Look before the test's own fixtures are set up; those of a wider scope are there already, and not the test's."""
+    request.node.stash[BEFORE] = Traces.now()
 
-    Autouse, so it is set up before and torn down after the test's own fixtures. Fixtures of a wider scope are set up
-    earlier still: what they hold is not the test's.
-    """
-    before = Traces.now()
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_teardown(item: pytest.Item) -> Iterator[None]:
+    """Fail a test that leaves processes, file descriptors, arenas or shared memory behind."""
     yield
-    leaks = left_behind(before)
-    if _shares_fixtures(request):
+    if BEFORE not in item.stash:
+        return
+    # What fixtures returned must not live on in pytest: gRPC gives back its sockets with its last object.
+    getattr(item, "funcargs", {}).clear()
+    leaks = left_behind(item.stash[BEFORE])
+    if _shares_fixtures(item):
         # A client shared by several tests opens connections when it likes.
         leaks = [leak for leak in leaks if ": socket:[" not in leak]
     if leaks:
@@ -54,7 +61,8 @@ def _has_own_loop(item: pytest.Function) -> bool:
     return inspect.iscoroutinefunction(item.obj) and not is_shared
 
 
-def _shares_fixtures(request: pytest.FixtureRequest) -> bool:
-    own = request.node._fixtureinfo.name2fixturedefs  # pytest has no public way to ask
+def _shares_fixtures(item: pytest.Item) -> bool:
+    """Whether the test uses fixtures of a wider scope than its own; pytest has no public way to ask."""
+    own = item._fixtureinfo.name2fixturedefs if isinstance(item, pytest.Function) else {}
     shared = [name for name, definitions in own.items() if definitions[-1].scope != "function"]
     return any(not name.startswith(("_", "event_loop_policy", "tmp_path_factory")) for name in shared)

@@ -12,7 +12,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +38,7 @@ class Running(Protocol):
         ...
 
 
-Start = Callable[[ProcessSpec], Running]
+Start = Callable[[ProcessSpec], Awaitable[Running]]
 
 
 @dataclass(slots=True)
@@ -136,7 +136,7 @@ class Child:
         """Run the process once, from start to end; says how it ended."""
         rotate(self.spec.log)
         try:
-            self._running = self._start(self.spec)
+            self._running = await self._start(self.spec)
         except OSError as e:
             return f"can't be started: {e}"
         self.started_at = time.time()

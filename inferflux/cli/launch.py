@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -24,6 +25,7 @@ START_S = 20.0
 READY_S = 600.0
 MAX_FAILED_STARTS = 3
 POLL_S = 0.1
+EXCEPTION = re.compile(r"[A-Za-z_.]*(Error|Exception|Mismatch|Exit)\b")
 
 Processes = list[dict[str, Any]]
 
@@ -76,16 +78,14 @@ def check_hopeless(home: Home, processes: Processes) -> None:
 
 
 def last_message(home: Home, name: str) -> str:
-    """Find the last line of a log that says why; our own logs are JSON lines."""
-    with suppress(OSError):
-        lines = tail(home.logs / f"{name}.log", 50)
-        for line in reversed(lines):
-            message = explain(line)
-            if message:
-                return message
-        if lines:
-            return lines[-1]
-    return "its log is empty"
+    """Find what a log says about an end: our own last error record, and the exception of a traceback before it."""
+    try:
+        lines = tail(home.logs / f"{name}.log", 100)
+    except OSError:
+        return "it has no log"
+    record = next(filter(None, map(explain, reversed(lines))), "")
+    exception = next((line for line in reversed(lines) if EXCEPTION.match(line)), "")
+    return ": ".join(filter(None, (record, exception))) or (lines[-1] if lines else "its log is empty")
 
 
 def explain(line: str) -> str:

@@ -25,6 +25,7 @@ from inferflux.errors import ConfigError, InferfluxError
 DEFAULT = "smollm2-135m"
 REFERENCE_NAME = "inferflux-reference.json"
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "tekken.json", "vocab.txt")
+GIB = 1 << 30
 FLOAT32_BYTES_PER_WEIGHT_BYTE = 2  # weights come in 16 bits
 
 Progress = Callable[[str, float | None], None]
@@ -39,13 +40,13 @@ class ModelError(InferfluxError):
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """A model ready to be served. `reference`: None when this machine can't compute one (too little memory)."""
+    """A model ready to be served: its files checked, their digest and its numerics reference at hand."""
 
     name: str
     folder: Path
     weights_digest: str
     num_weight_bytes: int
-    reference: Path | None
+    reference: Path
 
 
 def prepare(name_or_folder: str, models_dir: Path, progress: Progress, *, available_bytes: int) -> Model:
@@ -61,9 +62,10 @@ def prepare(name_or_folder: str, models_dir: Path, progress: Progress, *, availa
         cache = cache_dir(folder, models_dir)
         digests = ensure_manifest(folder, files, cache, progress)
         num_bytes = sum(f.size for n, f in digests.files.items() if n.endswith(".safetensors"))
-        has_room = num_bytes * FLOAT32_BYTES_PER_WEIGHT_BYTE < available_bytes
-        path = ensure_reference(folder, digests.weights_digest, cache, progress) if has_room else None
-        return Model(name, folder, digests.weights_digest, num_bytes, path)
+        if not has_reference(cache, digests.weights_digest):
+            check_room(name, num_bytes, available_bytes)
+            compute_reference(folder, digests.weights_digest, cache, progress)
+        return Model(name, folder, digests.weights_digest, num_bytes, cache / REFERENCE_NAME)
 
 
 def locate(name_or_folder: str, models_dir: Path) -> tuple[str, Path]:
@@ -151,17 +153,26 @@ def ensure_manifest(folder: Path, files: list[str], cache: Path, progress: Progr
     return digests
 
 
-def ensure_reference(folder: Path, weights_digest: str, cache: Path, progress: Progress) -> Path:
-    """Compute the numerics reference unless the one we have is of these very weights."""
-    path = cache / REFERENCE_NAME
+def has_reference(cache: Path, weights_digest: str) -> bool:
+    """Say whether the numerics reference is there and of these very weights."""
     try:
-        if reference.load(path).weights_digest == weights_digest:
-            return path
+        return reference.load(cache / REFERENCE_NAME).weights_digest == weights_digest
     except ConfigError:
-        pass  # none yet, or one of another format
-    arguments = [str(folder), weights_digest, str(path)]
+        return False  # none yet, or one of another format
+
+
+def check_room(name: str, num_weight_bytes: int, available_bytes: int) -> None:
+    """Refuse to compute a reference that does not fit: the kernel would end it, or something else."""
+    needed = num_weight_bytes * FLOAT32_BYTES_PER_WEIGHT_BYTE
+    if needed > available_bytes:
+        sizes = f"{needed / GIB:.1f} GiB needed, {available_bytes / GIB:.1f} GiB available"
+        raise ModelError(f"not enough memory for the numerics reference of {name} in float32: {sizes}")
+
+
+def compute_reference(folder: Path, weights_digest: str, cache: Path, progress: Progress) -> None:
+    """Compute the numerics reference in a child process, once."""
+    arguments = [str(folder), weights_digest, str(cache / REFERENCE_NAME)]
     jobs.run("reference", arguments, lambda fraction: progress("computing numerics reference", fraction))
-    return path
 
 
 @contextmanager

@@ -7,7 +7,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-TIMEOUT_S = 2.0
+TIMEOUT_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +28,7 @@ async def ask(role: str, socket: Path) -> Readiness:
             reply = await exchange(socket, question, is_http=role != "redis")
         return redis_readiness(reply) if role == "redis" else http_readiness(reply)
     except TimeoutError:
-        return Readiness(ready=False, reason=f"no answer within {TIMEOUT_S:.0f} s")
+        return Readiness(ready=False, reason=f"busy: no answer within {TIMEOUT_S:.0f} s")
     except (OSError, ValueError, KeyError, TypeError, asyncio.IncompleteReadError):
         return Readiness(ready=False, reason="starting")
 

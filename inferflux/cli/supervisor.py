@@ -22,8 +22,9 @@ from inferflux import pki
 from inferflux.cli import probe, state
 from inferflux.cli.child import Child, Running, Spawned
 from inferflux.cli.control import ControlServer
-from inferflux.cli.plan import STOP_ORDER, ClusterOptions, ProcessSpec, plan
+from inferflux.cli.plan import STOP_ORDER, WORKER_ROLES, ClusterOptions, ProcessSpec, plan
 from inferflux.cli.state import ClusterState
+from inferflux.cli.warm import WarmStarter
 from inferflux.errors import ConfigError
 from inferflux.paths import Home
 from inferflux.telemetry import logs
@@ -45,6 +46,7 @@ class Supervisor:
         self._options = options
         self._children = [Child(spec, self._start) for spec in specs]
         self._pids: dict[int, int] = {}
+        self._warm = WarmStarter(home.logs / "zygote.log")
         self._stop = asyncio.Event()
         self._grace_s = STOP_GRACE_S
 
@@ -60,6 +62,7 @@ class Supervisor:
             await self._stop.wait()
         finally:
             await self._stop_all()
+            self._warm.close()
             await control.close()
             ClusterState(self._options).save(self._home.state_file)
 
@@ -94,9 +97,10 @@ class Supervisor:
     def _of_roles(self, *roles: str) -> list[Child]:
         return [child for child in self._children if child.spec.role in roles]
 
-    def _start(self, spec: ProcessSpec) -> Running:
+    async def _start(self, spec: ProcessSpec) -> Running:
         """Start one process and write down that it is ours, for whoever cleans up after us."""
-        running = Spawned(spec)
+        is_warm = self._options.engine == "vllm" and spec.role in WORKER_ROLES
+        running = await self._warm.start(spec) if is_warm else Spawned(spec)
         ticks = state.start_ticks(running.pid)
         self._pids = {pid: t for pid, t in self._pids.items() if state.is_alive(pid, t)}
         if ticks is not None:

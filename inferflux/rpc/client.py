@@ -61,9 +61,15 @@ def _text(value: str | bytes) -> str:
 
 
 def _from_transport(code: grpc.StatusCode) -> InferfluxError:
-    """Classify by code alone: the transport's own texts name addresses and files, they stay in the cause."""
+    """Classify by code alone: the transport's own texts name addresses and files, they stay in the cause.
+
+    INTERNAL and UNKNOWN without a reason are never our servers': grpc.aio reports so a stream that ended, e.g. with
+    its server, while a message was being written.
+    """
     match code:
-        case grpc.StatusCode.UNAVAILABLE | grpc.StatusCode.CANCELLED:
+        case (
+            grpc.StatusCode.UNAVAILABLE | grpc.StatusCode.CANCELLED | grpc.StatusCode.INTERNAL | grpc.StatusCode.UNKNOWN
+        ):
             return Unavailable("the service cannot be reached")
         case grpc.StatusCode.DEADLINE_EXCEEDED:
             return DeadlineExceeded("the service did not answer in time")

@@ -1,10 +1,10 @@
 """A worker process from start to end; the roles differ in a `Part`.
 
-prepare   pin to cores, create the arena: no loop, no threads yet
-start     engine (it may fork), then the gRPC server: whoever has threads must not fork
-prove     the engine's numerics, registered as starting; a mismatch keeps the worker up, failed and out of its pool
-serve     until a drain begins
-drain     announced to the registry; running requests finish, tickets run out, within a budget
+1. prepare: create the arena; no loop, no threads yet
+2. start: the engine (it may fork), then the gRPC server: whoever has threads must not fork
+3. prove: the engine's numerics, registered as starting; a mismatch keeps the worker up, failed and out of its pool
+4. serve: until a drain begins
+5. drain: announced to the registry; running requests finish, tickets run out, within a budget
 """
 
 from __future__ import annotations

@@ -81,7 +81,9 @@ class Prefiller:
 
     def _prefilled(self, context: RequestContext, session_id: str, prompt: ComputedPrompt) -> PrefilledPrompt:
         ticket = self._ticket(context, session_id, prompt)
-        return PrefilledPrompt(prompt.prompt_digest, prompt.num_prompt_tokens, prompt.token_ids, ticket)
+        return PrefilledPrompt(
+            prompt.prompt_digest, prompt.num_prompt_tokens, prompt.token_ids, ticket, prompt.num_cached_tokens
+        )
 
     def _ticket(self, context: RequestContext, session_id: str, prompt: ComputedPrompt) -> SignedTicket | None:
         """None when there are no blocks to read: decode computes the prompt again."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from inferflux import tickets
 from inferflux.engine.base import KvSource
@@ -43,4 +44,4 @@ class TicketGate:
             fingerprint=self._fingerprint,
             host_id=self._host_id,
         )
-        return ticket.to_source(prompt.token_ids)
+        return replace(ticket.to_source(prompt.token_ids), num_cached_tokens=prompt.num_cached_tokens)

@@ -69,6 +69,7 @@ class Directory:
         self._settled = asyncio.Event()
         self._settles_at = clock.monotonic() + lease_s
         self._changed = asyncio.Event()
+        self._beat = 0
         self._is_up: bool | None = None
         self._publish(Content())
 
@@ -127,6 +128,7 @@ class Directory:
         """End the leases that are over."""
         for worker in self.leases.expire():
             log.warning("worker lease expired", extra=_describe(worker))
+            self._changed.set()
         if not self._is_up:
             self.leases.hold_adopted()
         if self._clock.monotonic() >= self._settles_at:
@@ -134,19 +136,15 @@ class Directory:
         self._update()
 
     async def run_writer(self) -> None:
-        """Mirror this replica's leases: at once when they change, else each second, for ever."""
-        beat = 0
+        """Mirror this replica's leases for ever: at once when they change, and each second while others depend on it."""
         while True:
-            is_news, beat = self._changed.is_set(), beat + 1
-            self._changed.clear()
-            try:
-                if self._unsaved:  # first, so that nobody sees a worker whose model is unknown
-                    await self._change(lambda stored: stored)
-                roster = Roster(beat, self.leases.direct(), self.leases.gone())
-                await self._store.write_roster(self._owner, roster, announce=is_news)
-            except Unavailable as e:
-                log.debug("not mirrored", extra={"reason": e.message})
             await _wait(self._changed, MIRROR_S)
+            if self._changed.is_set() or self._sightings:
+                try:
+                    await self._write()
+                except Unavailable as e:
+                    log.debug("not mirrored", extra={"reason": e.message})
+                    await asyncio.sleep(MIRROR_S)
 
     async def run_reader(self) -> None:
         """Follow what others mirror, for ever, through all absences of the store."""
@@ -165,8 +163,23 @@ class Directory:
             await asyncio.sleep(backoff_s * random.uniform(0.5, 1.0))  # noqa: S311  -- jitter
             backoff_s = min(2 * backoff_s, MAX_BACKOFF_S)
 
+    async def _write(self) -> None:
+        is_news = self._changed.is_set()
+        if self._unsaved:  # first, so that nobody sees a worker whose model is unknown
+            await self._change(lambda stored: stored)
+        self._beat += 1
+        self._changed.clear()
+        try:
+            roster = Roster(self._beat, self.leases.direct(), self.leases.gone())
+            await self._store.write_roster(self._owner, roster, announce=is_news)
+        except Unavailable:
+            self._changed.set()
+            raise
+
     async def _read(self) -> None:
         revision, rosters = await self._store.read()
+        if self._owner not in rosters:
+            self._changed.set()  # the store is new, or lost it
         for owner, roster in rosters.items():
             if owner != self._owner:
                 await self._take_over(owner, roster)

@@ -26,6 +26,7 @@ from inferflux.config import CommonSettings, env_name
 from inferflux.errors import InferfluxError
 from inferflux.telemetry import metrics
 from inferflux.telemetry.tally import TallyHistogram
+from services.gateway.endpoints import ENDPOINTS
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -176,6 +177,15 @@ def test_every_error_is_documented() -> None:
         assert table[cls.reason][:3] == [str(cls.http_status), cls.grpc_code.name, retry], cls.reason
     reasons = {cls.reason for cls in error_classes()}
     assert {name for name in table if re.fullmatch(r"[A-Z]+(_[A-Z]+)*", name)} == reasons
+
+
+def test_every_path_is_documented() -> None:
+    """docs/http.md has each inference path and how it is served."""
+    kinds = {"generate": "prefill and decode", "utility": "one call to a decode worker"}
+    table = rows(page("http.md"))
+
+    for path, endpoint in ENDPOINTS.items():
+        assert table[path][0].startswith(kinds[endpoint.kind]), path
 
 
 def test_the_error_tree_is_drawn() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import ExitStack, asynccontextmanager
 from functools import partial
 
@@ -15,6 +15,7 @@ from inferflux.rpc.client import translated_errors
 from inferflux.v1 import policy_service_pb2 as pb
 from inferflux.v1.policy_service_pb2_grpc import PolicyServiceStub
 from services.policy.pepper import Pepper
+from tests.support.leaks import unfinished_tasks
 from tests.support.redis_server import RedisServer
 from tests.support.service import Service, Watcher, temporary_home, until
 
@@ -34,9 +35,10 @@ class Cluster:
 
 
 @pytest.fixture
-def cluster() -> Iterator[Cluster]:
+async def cluster() -> AsyncIterator[Cluster]:
     with ExitStack() as stack:
         yield Cluster(stack)
+        assert await unfinished_tasks() == []  # gRPC ends its calls after we have ended ours
 
 
 @asynccontextmanager

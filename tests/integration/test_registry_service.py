@@ -6,7 +6,7 @@ import asyncio
 import os
 import signal
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import ExitStack, asynccontextmanager, suppress
 from functools import partial
 
@@ -19,11 +19,11 @@ from inferflux.rpc.client import translated_errors
 from inferflux.v1 import registry_service_pb2 as pb
 from inferflux.v1 import types_pb2
 from inferflux.v1.registry_service_pb2_grpc import RegistryServiceStub
+from tests.support.leaks import unfinished_tasks
 from tests.support.redis_server import RedisServer
 from tests.support.service import Service, Watcher, temporary_home, until
 
 LEASE_S = 3.0
-SETTLED_TIMEOUT_S = 10.0
 
 
 class Cluster:
@@ -41,9 +41,10 @@ class Cluster:
 
 
 @pytest.fixture
-def cluster() -> Iterator[Cluster]:
+async def cluster() -> AsyncIterator[Cluster]:
     with ExitStack() as stack:
         yield Cluster(stack)
+        assert await unfinished_tasks() == []  # gRPC ends its calls after we have ended ours
 
 
 class FakeWorker:
@@ -302,7 +303,7 @@ async def test_a_worker_that_died_with_the_registry_is_gone_when_it_comes_back(c
 
 async def test_a_worker_survives_the_loss_of_its_replica(cluster):
     """It registers with another one; a gateway there never misses it."""
-    one, two = cluster.service("registry-0"), cluster.service("registry-1")
+    one, two = cluster.service("registry-0", lease_s="2"), cluster.service("registry-1", lease_s="2")
     async with watching(two) as watcher:
         async with FakeWorker(one, "decode-0").running() as worker:
             await watcher.until(lambda s: ids(s) == ["decode-0"])
@@ -310,7 +311,7 @@ async def test_a_worker_survives_the_loss_of_its_replica(cluster):
         one.kill()
         worker.service = two
         async with worker.running():
-            await asyncio.sleep(2 * LEASE_S)  # the span in which a loss would show
+            await asyncio.sleep(4.0)  # two leases: the span in which a loss would show
 
             assert all(ids(s) == ["decode-0"] for s in watcher.snapshots[num_seen:])
         await watcher.until(lambda s: not s.workers)
@@ -318,11 +319,11 @@ async def test_a_worker_survives_the_loss_of_its_replica(cluster):
 
 async def test_a_registry_that_hung_does_not_blame_its_workers(cluster):
     """Stopped for longer than a lease, then continued: nobody is lost."""
-    async with watching(service := cluster.service()) as watcher, FakeWorker(service, "decode-0").running():
+    async with watching(service := cluster.service(lease_s="2")) as watcher, FakeWorker(service, "decode-0").running():
         await watcher.until(lambda s: ids(s) == ["decode-0"])
         num_seen = len(watcher.snapshots)
         os.kill(service.pid, signal.SIGSTOP)
-        await asyncio.sleep(1.5 * LEASE_S)  # the fault itself
+        await asyncio.sleep(3.0)  # the fault itself
         os.kill(service.pid, signal.SIGCONT)
         async with client(service) as stub:
             revision = await put(stub, name="later")

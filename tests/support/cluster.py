@@ -223,19 +223,21 @@ def poll(check: Callable[[], T], timeout_s: float, complaint: str) -> T:
 
 
 def processes_of(home: Path) -> dict[int, str]:
-    """Find every live process with this home in its environment or its command line, wherever it came from."""
-    marker = str(home).encode() + b"/", f"INFERFLUX_HOME={home}\0".encode()
+    """Find every live process of this home, wherever it came from."""
     found = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit() and int(entry.name) != os.getpid():
-            try:
-                command, environ = (entry / "cmdline").read_bytes(), (entry / "environ").read_bytes()
-                # The Redis server writes its title over its environment.
-                if marker[0] in command or marker[1] in environ:
-                    found[int(entry.name)] = command.replace(b"\0", b" ").decode()
-            except OSError:
-                continue
+            with suppress(OSError):
+                if belongs_to(entry, str(home)):
+                    found[int(entry.name)] = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
     return found
+
+
+def belongs_to(process: Path, home: str) -> bool:
+    """Look for the home in a process's environment and, as some write a title over theirs, in where its output goes."""
+    if f"INFERFLUX_HOME={home}\0".encode() in (process / "environ").read_bytes():
+        return True
+    return str((process / "fd/2").readlink()).startswith(f"{home}/")
 
 
 def assert_nothing_runs(home: Path, timeout_s: float = 5.0) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import http.client
 import json
-import logging
 import os
 import shutil
 import signal
@@ -27,9 +26,6 @@ from inferflux.rpc.mtls import Identity
 
 REPOSITORY = Path(__file__).parents[2]
 TIMEOUT_S = 20.0
-
-# Debug records of gRPC hold exceptions, and with these calls and channels, as long as pytest holds the records.
-logging.getLogger("grpc").setLevel(logging.INFO)
 
 
 @contextmanager

@@ -175,7 +175,9 @@ async def test_allowed_role_passes(channel_as: Open, shape: str) -> None:
 @pytest.mark.parametrize("shape", SHAPES)
 async def test_other_role_is_denied(channel_as: Open, shape: str) -> None:
     """A valid certificate of another role is not enough."""
-    error = await failure(call(channel_as("decode"), shape, b"hello"))
+    # A stream is refused before its first message, and grpc.aio may not tell why to who is writing at that moment.
+    requests = () if shape.startswith("Stream") else (b"hello",)
+    error = await failure(call(channel_as("decode"), shape, *requests))
 
     assert error.code() is grpc.StatusCode.PERMISSION_DENIED
     assert isinstance(to_error(error), errors.PermissionDenied)
@@ -265,6 +267,31 @@ async def test_our_errors_survive_the_round_trip(channel_as: Open, shape: str, k
     assert error.code() is kind.grpc_code
     assert type(rebuilt) is kind
     assert (rebuilt.message, rebuilt.retry_after_s, rebuilt.param) == ("slot 3 is stale", 1.5, "model")
+
+
+@pytest.mark.parametrize(
+    ("code", "kind"),
+    [
+        (grpc.StatusCode.UNAVAILABLE, errors.Unavailable),
+        (grpc.StatusCode.CANCELLED, errors.Unavailable),
+        (grpc.StatusCode.INTERNAL, errors.Unavailable),
+        (grpc.StatusCode.UNKNOWN, errors.Unavailable),
+        (grpc.StatusCode.DEADLINE_EXCEEDED, errors.DeadlineExceeded),
+        (grpc.StatusCode.PERMISSION_DENIED, errors.PermissionDenied),
+        (grpc.StatusCode.UNAUTHENTICATED, errors.Unauthenticated),
+        (grpc.StatusCode.UNIMPLEMENTED, errors.Internal),
+        (grpc.StatusCode.RESOURCE_EXHAUSTED, errors.Internal),
+    ],
+)
+@pytest.mark.parametrize("trailers", [grpc.aio.Metadata(), grpc.aio.Metadata(("inferflux-reason", "FROM_THE_FUTURE"))])
+def test_failures_of_the_transport_keep_their_text(
+    code: grpc.StatusCode, kind: type[InferfluxError], trailers: grpc.aio.Metadata
+) -> None:
+    """Without a reason that we know, the code decides the class, and no address or path gets into the message."""
+    rebuilt = to_error(grpc.aio.AioRpcError(code, grpc.aio.Metadata(), trailers, "unix:/secret/path"))
+
+    assert type(rebuilt) is kind
+    assert "secret" not in rebuilt.message
 
 
 def test_every_reason_names_one_class() -> None:

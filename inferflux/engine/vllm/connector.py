@@ -92,7 +92,9 @@ class ArenaConnector(KVConnectorBase_V1, SupportsHMA):
         """Hand published slots over with the output. Copies are done, so the blocks may go at once."""
         self._planner.forget(request.request_id)
         slots = self._publisher.finish(request) if self._publisher is not None else None
-        return False, {transfer.SLOTS: list(slots)} if slots is not None else None
+        if slots is None:
+            return False, None
+        return False, {transfer.SLOTS: list(slots), transfer.REMOTE: True}
 
     # -- worker side ---------------------------------------------------------------------------------------------------
 

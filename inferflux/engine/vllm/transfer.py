@@ -17,7 +17,9 @@ PARAMS = "kv_transfer_params"
 PUBLISH = "publish"
 SOURCE = "source"
 SLOTS = "slots"
-CACHED = "remote_prefill_cached_tokens"  # vLLM's own name, in both directions
+# vLLM's own names: with the first in a finished output's parameters its scheduler adds the second.
+REMOTE = "do_remote_prefill"
+CACHED = "remote_prefill_cached_tokens"
 DELIVERED = "inferflux_delivered"
 
 
@@ -32,7 +34,8 @@ def source_from_params(params: dict[str, Any] | None) -> KvSource | None:
     raw = (params or {}).get(SOURCE)
     if raw is None:
         return None
-    return KvSource(**{name: tuple(value) if isinstance(value, list) else value for name, value in raw.items()})
+    fields: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in raw.items()}
+    return KvSource(**fields)
 
 
 @dataclass(frozen=True, slots=True)

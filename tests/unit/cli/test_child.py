@@ -25,13 +25,17 @@ def make_spec(folder: Path, program: str) -> ProcessSpec:
     return ProcessSpec("test", "test-0", command, folder / "none.sock", folder / "test-0.log", dict(os.environ))
 
 
+async def spawn(spec: ProcessSpec) -> Spawned:
+    return Spawned(spec)
+
+
 @pytest.fixture
 async def keep(tmp_path) -> AsyncIterator:
     """Start children that are gone after the test."""
     children = []
 
     def start(program: str) -> Child:
-        children.append(Child(make_spec(tmp_path, program), Spawned))
+        children.append(Child(make_spec(tmp_path, program), spawn))
         children[-1].start()
         return children[-1]
 
@@ -118,7 +122,7 @@ async def test_restart_is_immediate_and_no_death(keep):
 async def test_a_missing_program_is_reported_and_tried_again(keep, tmp_path):
     """What can't be started at all says so and does not end the supervisor."""
     spec = ProcessSpec("test", "test-1", (str(tmp_path / "none"),), tmp_path / "s", tmp_path / "test-1.log")
-    child = Child(spec, Spawned)
+    child = Child(spec, spawn)
     child.start()
     await until(lambda: child.restarts)
 

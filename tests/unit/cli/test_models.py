@@ -149,11 +149,12 @@ def test_a_known_model_is_ready_at_once(tmp_path):
     assert (model.weights_digest, model.reference) == (digests.weights_digest, folder / REFERENCE_NAME)
 
 
-def test_without_memory_there_is_no_reference(tmp_path):
-    """A model too big for this machine in float32 is served unchecked rather than not at all."""
+def test_a_model_too_big_to_check_is_refused(tmp_path):
+    """A reference that does not fit into memory is not begun: one line says how much is missing."""
     make_model(tmp_path / "tiny")
 
-    assert prepare("tiny", tmp_path, silent, available_bytes=0).reference is None
+    with pytest.raises(ModelError, match="not enough memory for the numerics reference of tiny"):
+        prepare("tiny", tmp_path, silent, available_bytes=0)
 
 
 def hold(path, held, release):

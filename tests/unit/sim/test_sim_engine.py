@@ -1,0 +1,351 @@
+"""What the simulated engine promises beyond the contract of all engines."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Sequence
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from inferflux.engine import create
+from inferflux.engine.base import Engine, KvSource, Prefilled
+from inferflux.engine.options import EngineOptions
+from inferflux.engine.reference import NumericsReference, save
+from inferflux.engine.sim.profile import INSTANT
+from inferflux.errors import ConfigError, Internal, NumericsMismatch, WorkerLost
+from inferflux.kv.arena import Arena
+from inferflux.kv.shm import ArenaServer
+from inferflux.types import ChoiceTokens, Frame, HttpCall, RequestContext, Role
+
+OPTIONS = EngineOptions("m", Role.DECODE, kv_cache_bytes=4 << 20, sim_profile=INSTANT)
+CONTEXT = RequestContext("r-1", cache_salt="5a17")
+PROMPT = "a prompt that fills more than two blocks"
+
+
+@asynccontextmanager
+async def running(options: EngineOptions = OPTIONS, arena: Arena | None = None) -> AsyncIterator[Engine]:
+    engine = create("sim", options, arena)
+    await engine.start()
+    try:
+        yield engine
+    finally:
+        await engine.close()
+
+
+@asynccontextmanager
+async def pair(tmp_path: Path, num_slots: int = 16) -> AsyncIterator[tuple[Engine, Engine, Arena]]:
+    """A prefill engine whose arena is served, and a decode engine."""
+    arena = Arena.create(num_slots * 16384 + 8192)
+    async with running(replace(OPTIONS, role=Role.PREFILL), arena) as prefill, running() as decode:
+        arena.seal()
+        server = ArenaServer(arena, tmp_path / "a", "inc-1")
+        await server.start()
+        try:
+            yield prefill, decode, arena
+        finally:
+            await server.close()
+            arena.close()
+
+
+async def source_of(prefill: Engine, arena: Arena, body: HttpCall, tmp_path: Path) -> KvSource:
+    result = await prefill.prefill(CONTEXT, body)
+    assert isinstance(result, Prefilled)
+    (prompt,) = result.prompts
+    assert prompt.kv is not None
+    return KvSource(
+        ticket_id="t-1",
+        prompt_digest=prompt.prompt_digest,
+        num_tokens=prompt.kv.num_tokens,
+        slots=prompt.kv.slots,
+        digests=prompt.kv.digests,
+        slot_bytes=arena.slot_bytes,
+        socket_path=str(tmp_path / "a"),
+        incarnation="inc-1",
+        first_token_ids=prompt.token_ids,
+        generations=arena.generations(prompt.kv.slots),
+    )
+
+
+def call(path: str = "/v1/completions", **fields: Any) -> HttpCall:
+    prompt = {"messages": [{"role": "user", "content": PROMPT}]} if "chat" in path else {"prompt": PROMPT}
+    return HttpCall("POST", path, json.dumps({"model": "m", "max_tokens": 8, **prompt, **fields}).encode())
+
+
+async def frames_of(
+    engine: Engine,
+    body: HttpCall,
+    sources: Sequence[KvSource] = (),
+    delivered: Sequence[ChoiceTokens] = (),
+    context: RequestContext = CONTEXT,
+) -> list[Frame]:
+    async with aclosing(engine.generate(context, body, sources, delivered)) as frames:
+        return [frame async for frame in frames]
+
+
+def tokens(frames: Sequence[Frame], index: int = 0) -> list[int]:
+    return [i for f in frames for choice in f.choices if choice.index == index for i in choice.token_ids]
+
+
+def body(frames: Sequence[Frame]) -> bytes:
+    return b"".join(frame.data for frame in frames)
+
+
+# --- determinism ------------------------------------------------------------------------------------------------------
+
+
+async def test_the_same_call_gets_the_same_tokens_on_any_engine() -> None:
+    async with running() as one, running() as another:
+        assert tokens(await frames_of(one, call())) == tokens(await frames_of(another, call()))
+
+
+@pytest.mark.parametrize("change", [{"seed": 1}, {"temperature": 0}, {"prompt": PROMPT + "."}])
+async def test_another_call_gets_other_tokens(change: dict[str, Any]) -> None:
+    async with running() as engine:
+        assert tokens(await frames_of(engine, call(**change))) != tokens(await frames_of(engine, call()))
+
+
+async def test_another_tenant_gets_other_tokens() -> None:
+    """So that a block that crosses from tenant to tenant shows."""
+    async with running() as engine:
+        mine, theirs = await frames_of(engine, call()), await frames_of(engine, call(), context=RequestContext("r-2"))
+
+        assert tokens(mine) != tokens(theirs)
+
+
+async def test_neighbours_change_nothing() -> None:
+    async with running() as engine:
+        alone = tokens(await frames_of(engine, call(seed=3)))
+        crowd = await asyncio.gather(*(frames_of(engine, call(seed=seed)) for seed in range(8)))
+
+        assert tokens(crowd[3]) == alone
+
+
+# --- resuming ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_delivered", [1, 5, 7])
+@pytest.mark.parametrize("fields", [{"temperature": 0}, {"seed": 5}, {"stop": "zz"}], ids=["greedy", "seed", "stop"])
+async def test_a_stream_goes_on_after_the_tokens_that_were_delivered(num_delivered: int, fields: dict[str, Any]) -> None:
+    async with running() as engine, running() as other:
+        whole = await frames_of(engine, call(stream=True, **fields))
+        delivered = [ChoiceTokens(0, tuple(tokens(whole)[:num_delivered]))]
+
+        rest = await frames_of(other, call(stream=True, **fields), delivered=delivered)
+
+        assert tokens(rest) == tokens(whole)[num_delivered:]
+        assert rest[-1].end == whole[-1].end
+
+
+async def test_a_resumed_stream_has_no_second_opening() -> None:
+    chat = call("/v1/chat/completions", stream=True)
+    async with running() as engine:
+        whole = await frames_of(engine, chat)
+
+        rest = await frames_of(engine, chat, delivered=[ChoiceTokens(0, tuple(tokens(whole)[:3]))])
+
+        assert b'"role"' in body(whole)
+        assert b'"role"' not in body(rest)
+
+
+async def test_a_resumed_whole_response_is_whole() -> None:
+    async with running() as engine:
+        whole = await frames_of(engine, call())
+
+        resumed = await frames_of(engine, call(), delivered=[ChoiceTokens(0, tuple(tokens(whole)[:3]))])
+
+        assert json.loads(body(resumed))["choices"] == json.loads(body(whole))["choices"]
+
+
+# --- tickets ----------------------------------------------------------------------------------------------------------
+
+
+async def test_the_first_token_does_not_wait_for_the_transfer(tmp_path: Path) -> None:
+    async with pair(tmp_path) as (prefill, decode, arena):
+        source = await source_of(prefill, arena, call(stream=True), tmp_path)
+
+        frames = await frames_of(decode, call(stream=True), [source])
+
+        first_token = next(i for i, frame in enumerate(frames) if frame.choices)
+        report = next(i for i, frame in enumerate(frames) if frame.kv)
+        assert first_token <= report
+        assert frames[report].kv[0].result == "committed"
+        arena.free(source.slots)
+
+
+async def test_a_first_token_that_does_not_follow_from_the_kv_fails_the_request(tmp_path: Path) -> None:
+    async with pair(tmp_path) as (prefill, decode, arena):
+        source = await source_of(prefill, arena, call(), tmp_path)
+
+        with pytest.raises(Internal, match="first token"):
+            await frames_of(decode, call(), [replace(source, first_token_ids=(300,))])
+
+        assert decode.load().num_free_blocks == decode.load().num_blocks
+        arena.free(source.slots)
+
+
+async def test_a_ticket_for_something_else_is_reported_unneeded(tmp_path: Path) -> None:
+    async with pair(tmp_path) as (prefill, decode, arena):
+        source = await source_of(prefill, arena, call(), tmp_path)
+
+        for other in (call(prompt="another prompt"), call(max_tokens=0), replace(call(), path="/tokenize")):
+            frames = await frames_of(decode, other, [source])
+            assert [report.result for frame in frames for report in frame.kv] == ["unneeded"]
+        arena.free(source.slots)
+
+
+@pytest.mark.parametrize("change", [{"slot_bytes": 1}, {"num_tokens": 3}, {"generations": ()}, {"digests": ()}])
+async def test_a_ticket_that_does_not_fit_is_not_read(tmp_path: Path, change: dict[str, Any]) -> None:
+    async with pair(tmp_path) as (prefill, decode, arena):
+        source = await source_of(prefill, arena, call(), tmp_path)
+
+        frames = await frames_of(decode, call(), [replace(source, **change)])
+
+        (report,) = [report for frame in frames for report in frame.kv]
+        assert (report.result, report.reason) == ("recomputed", "fingerprint")
+        assert tokens(frames) == tokens(await frames_of(prefill, call()))
+        arena.free(source.slots)
+
+
+async def test_without_room_in_the_arena_prefill_gives_no_blocks(tmp_path: Path) -> None:
+    async with pair(tmp_path, num_slots=2) as (prefill, _, arena):
+        result = await prefill.prefill(CONTEXT, call())
+
+        assert isinstance(result, Prefilled)
+        assert result.prompts[0].kv is None
+        assert len(result.prompts[0].token_ids) == 1
+        assert arena.num_free == arena.num_slots
+
+
+async def test_cancelling_at_any_moment_frees_everything(tmp_path: Path) -> None:
+    """Waiting, loading, running: whatever a request does when its reader goes away."""
+    async with pair(tmp_path) as (prefill, decode, arena):
+        source = await source_of(prefill, arena, call(), tmp_path)
+        for num_turns in range(40):
+            task = asyncio.create_task(frames_of(decode, call(stream=True, max_tokens=100), [source]))
+            for _ in range(num_turns):
+                await asyncio.sleep(0)
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+        while decode.load().num_free_blocks < decode.load().num_blocks:
+            await asyncio.sleep(0)
+
+        assert (decode.load().num_running, decode.load().num_waiting) == (0, 0)
+        arena.free(source.slots)
+
+
+async def test_a_cancelled_prefill_frees_its_slots(tmp_path: Path) -> None:
+    async with pair(tmp_path) as (prefill, _, arena):
+        for num_turns in range(12):
+            task = asyncio.create_task(prefill.prefill(CONTEXT, call()))
+            for _ in range(num_turns):
+                await asyncio.sleep(0)
+            task.cancel()
+            (result,) = await asyncio.gather(task, return_exceptions=True)
+            if isinstance(result, Prefilled):
+                arena.free(result.prompts[0].kv.slots)
+
+        assert arena.num_free == arena.num_slots
+        assert prefill.load().num_free_blocks == prefill.load().num_blocks
+
+
+async def test_published_slots_hold_nothing_of_their_last_holder(tmp_path: Path) -> None:
+    """The end of a partly filled block could otherwise carry another tenant's KV."""
+    async with pair(tmp_path) as (prefill, _, arena):
+        long = await prefill.prefill(CONTEXT, call(prompt="x" * 200))
+        arena.free(long.prompts[0].kv.slots)
+
+        result = await prefill.prefill(RequestContext("r-2", cache_salt="other"), call(prompt="y" * 17))
+
+        last = arena.slot(result.prompts[0].kv.slots[-1])
+        entry_bytes = arena.slot_bytes // 16
+        assert last[:entry_bytes].any()
+        assert not last[entry_bytes:].any()
+        arena.free(result.prompts[0].kv.slots)
+
+
+# --- scheduling -------------------------------------------------------------------------------------------------------
+
+
+async def test_what_has_no_room_waits_and_lower_priorities_go_first() -> None:
+    async with running(replace(OPTIONS, max_num_seqs=1)) as engine:
+        order: list[str] = []
+
+        async def run(name: str, priority: int) -> None:
+            await frames_of(engine, call(max_tokens=3), context=RequestContext(name, priority=priority))
+            order.append(name)
+
+        first = asyncio.create_task(run("first", 5))
+        while engine.load().num_running == 0:
+            await asyncio.sleep(0)
+        await asyncio.gather(first, run("normal", 0), run("urgent", -1), run("normal too", 0))
+
+        assert order == ["first", "urgent", "normal", "normal too"]
+
+
+async def test_all_sequences_of_a_step_advance_together() -> None:
+    async with running() as engine:
+        before = engine.load().step
+
+        await asyncio.gather(*(frames_of(engine, call(max_tokens=20, seed=i)) for i in range(10)))
+
+        assert engine.load().step - before <= 22
+
+
+async def test_blocks_are_found_again_and_counted_as_cached() -> None:
+    async with running() as engine:
+        first, second = await frames_of(engine, call()), await frames_of(engine, call())
+
+        assert tokens(first) == tokens(second)
+        assert (first[-1].end.usage.cached_tokens, second[-1].end.usage.cached_tokens) == (0, 32)
+
+
+async def test_an_unlimited_answer_has_a_natural_end() -> None:
+    async with running() as engine:
+        frames = await frames_of(engine, call("/v1/chat/completions", max_tokens=None))
+
+        assert frames[-1].end.finish_reason == "stop"
+        assert frames[-1].end.usage.completion_tokens == 64
+
+
+async def test_a_dead_engine_fails_its_requests_and_says_so() -> None:
+    async with running() as engine:
+        task = asyncio.create_task(frames_of(engine, call(max_tokens=1000)))
+        while engine.load().num_running == 0:
+            await asyncio.sleep(0)
+
+        await engine.close()
+
+        with pytest.raises(WorkerLost):
+            await task
+        assert not engine.load().is_alive
+
+
+def test_a_cache_smaller_than_a_block_is_a_configuration_error() -> None:
+    with pytest.raises(ConfigError, match="kv_cache_bytes"):
+        create("sim", replace(OPTIONS, kv_cache_bytes=1), None)
+
+
+# --- numerics ---------------------------------------------------------------------------------------------------------
+
+
+async def test_numerics_are_compared_with_the_reference(tmp_path: Path) -> None:
+    prompt = tuple(b"a reference")
+    async with running() as engine:
+        greedy = call(prompt=list(prompt), temperature=0, max_tokens=4)
+        right = tuple(tokens(await frames_of(engine, greedy, context=RequestContext("numerics"))))
+
+    for greedy_ids, is_right in ((right, True), ((*right[:-1], right[-1] ^ 1), False)):
+        path = tmp_path / f"{is_right}.json"
+        n = len(prompt)
+        save(NumericsReference("d", prompt, (greedy_ids[0],) * n, (0.0,) * n, (0.0,) * (n - 1), greedy_ids), path)
+        async with running(replace(OPTIONS, numerics_reference=path)) as engine:
+            if is_right:
+                await engine.check_numerics()
+            else:
+                with pytest.raises(NumericsMismatch):
+                    await engine.check_numerics()
