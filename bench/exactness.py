@@ -30,21 +30,21 @@ MODES = {
 Answers = dict[str, list[list[int]]]
 
 
-def lengths(num: int, shortest: int = 5, longest: int = 1500) -> list[int]:
+def lengths(num: int, longest: int, shortest: int = 5) -> list[int]:
     """Prompt lengths in tokens, evenly spaced on a logarithmic scale."""
     if num == 1:
         return [longest]
     return [round(shortest * (longest / shortest) ** (i / (num - 1))) for i in range(num)]
 
 
-async def prompts(client: httpx.AsyncClient, server: Server, num: int) -> list[list[int]]:
+async def prompts(client: httpx.AsyncClient, server: Server, num: int, longest: int) -> list[list[int]]:
     """Token ids cut from the licence's text, each prompt from another place."""
     body = {"model": server.model, "prompt": TEXT.read_text(), "add_special_tokens": False}
     response = await client.post(
         server.url + "/tokenize", json=body | {"return_token_strs": False}, headers=server.headers
     )
     ids = response.raise_for_status().json()["tokens"]
-    return [(ids[37 * i % 600 :] + ids)[:n] for i, n in enumerate(lengths(num))]
+    return [(ids[37 * i % 600 :] + ids)[:n] for i, n in enumerate(lengths(num, longest))]
 
 
 async def answer(client: httpx.AsyncClient, server: Server, prompt: list[int], body: dict[str, object]) -> list[int]:
@@ -69,11 +69,11 @@ async def answer_all(
     return await asyncio.gather(*map(one, prompts))
 
 
-async def run(server: Server, num_prompts: int, num_tokens: int) -> Answers:
+async def run(server: Server, num_prompts: int, num_tokens: int, longest: int = 1500) -> Answers:
     """All modes at both concurrencies, in the same order on every server."""
     answers: Answers = {}
     async with httpx.AsyncClient(timeout=900) as client:
-        ids = await prompts(client, server, num_prompts)
+        ids = await prompts(client, server, num_prompts, longest)
         for mode, params in MODES.items():
             for concurrency in (1, 4):
                 start, name = time.monotonic(), f"{mode}/c{concurrency}"

@@ -116,9 +116,7 @@ async def measure(target: Target, num_streams: int, num_requests: int) -> Result
     num_events = sum(await asyncio.gather(*(client(target, each) for _ in range(num_streams))))
     used_s, wall_s = cpu_s(target.pid) - before, time.perf_counter() - started_at
     total = each * num_streams
-    return Result(
-        target.name, num_streams, total, num_events, 1e3 * used_s / total, 1e6 * used_s / num_events, wall_s
-    )
+    return Result(target.name, num_streams, total, num_events, 1e3 * used_s / total, 1e6 * used_s / num_events, wall_s)
 
 
 @contextlib.contextmanager
@@ -218,7 +216,11 @@ async def start_s(cluster: Cluster) -> float:
     """Start a second gateway on the same cluster; returns the time until it is ready for requests."""
     environ = Path(f"/proc/{cluster.pids['gateway-0']}/environ").read_bytes().decode().rstrip("\0").split("\0")
     port = free_port()
-    own = {"INFERFLUX_HTTP_PORT": str(port), "INFERFLUX_INSTANCE_ID": "gateway-9", "INFERFLUX_OPS_ADDRESS": "127.0.0.1:0"}
+    own = {
+        "INFERFLUX_HTTP_PORT": str(port),
+        "INFERFLUX_INSTANCE_ID": "gateway-9",
+        "INFERFLUX_OPS_ADDRESS": "127.0.0.1:0",
+    }
     started_at = time.perf_counter()
     process = await asyncio.create_subprocess_exec(
         sys.executable,
@@ -248,7 +250,9 @@ async def run(arguments: argparse.Namespace, note: Callable[[str], None]) -> dic
 
     async def measure_all(target: Target) -> None:
         for number in streams:
-            results.append(await measure(target, number, arguments.requests if number > 1 else arguments.requests // 16))
+            results.append(
+                await measure(target, number, arguments.requests if number > 1 else arguments.requests // 16)
+            )
             note(f"{target.name}, {number} streams: {results[-1].cpu_ms_per_request:.2f} ms per request")
 
     for num_prefill in (0, 1):

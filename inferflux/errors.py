@@ -17,7 +17,7 @@
     +-- DeadlineExceeded          504 DEADLINE_EXCEEDED
     +-- Conflict                  409 ABORTED
     +-- KvError                   500 FAILED_PRECONDITION  (never reaches a client: the prompt is computed again)
-    |   +-- TicketInvalid, TicketExpired, KvStale, KvDigestMismatch, KvIncompatible, KvUnreachable, ArenaFull
+    |   +-- TicketInvalid, TicketForeign, TicketExpired, KvStale, KvDigestMismatch, KvIncompatible, KvUnreachable, ArenaFull
     +-- NumericsMismatch          500 FAILED_PRECONDITION
     +-- ConfigError               500 FAILED_PRECONDITION
     +-- Internal                  500 INTERNAL

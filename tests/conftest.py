@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import os
 from collections.abc import AsyncIterator, Iterator
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests.support.leaks import Traces, left_behind, unfinished_tasks
 
 BEFORE = pytest.StashKey[Traces]()
+# Machines differ in speed by an order of magnitude, and what is slow is no bug. In CI the same examples each time.
+settings.register_profile(
+    "inferflux", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize="CI" in os.environ
+)
+settings.load_profile("inferflux")
 
 
 @pytest.fixture(autouse=True)

@@ -24,6 +24,7 @@ from inferflux.cli.plan import ProcessSpec
 MAX_LOG_BYTES = 16 << 20
 FIRST_DELAY_S, MAX_DELAY_S = 0.2, 10.0
 HEALTHY_AFTER_S = 30.0
+GROUP_GRACE_S = 1.0
 _log = logging.getLogger(__name__)
 
 
@@ -34,7 +35,7 @@ class Running(Protocol):
     def pid(self) -> int: ...
 
     async def wait(self) -> int:
-        """Wait for its end; returns its exit status, negative for a signal. Kills what is left of its group."""
+        """Wait for its end; returns its exit status, negative for a signal. Nothing of its group is left then."""
         ...
 
 
@@ -169,8 +170,9 @@ class Spawned:
 
     async def wait(self) -> int:
         await wait_for_exit(self.pid)
-        kill_group(self.pid)  # before it is reaped: until then nobody else can get this id
-        return self._popen.wait()
+        status = self._popen.wait()
+        await end_group(self.pid)
+        return status
 
 
 async def wait_for_exit(pid: int) -> None:
@@ -189,9 +191,16 @@ async def wait_for_exit(pid: int) -> None:
         os.close(fd)
 
 
-def kill_group(pgid: int) -> None:
-    """Kill what is left of a process group."""
+async def end_group(pgid: int) -> None:
+    """Make sure that nothing is left of a process group whose leader has ended.
+
+    What is left gets a moment: multiprocessing's resource tracker then removes the shared memory of the dead.
+    """
+    deadline = time.monotonic() + GROUP_GRACE_S
     with suppress(ProcessLookupError, PermissionError):
+        while time.monotonic() < deadline:
+            os.killpg(pgid, 0)
+            await asyncio.sleep(0.01)
         os.killpg(pgid, signal.SIGKILL)
 
 

@@ -1,7 +1,7 @@
 """A warm parent for vLLM workers: imports torch and vllm once, then forks a worker whenever the supervisor asks.
 
 Importing takes 10 s and more of a core, a fork milliseconds: a killed worker is back as soon as its model is loaded.
-Runs as `python -m inferflux.cli.zygote` with a SOCK_SEQPACKET socket as fd 0, one JSON message per packet:
+Runs as `python -m inferflux.cli.zygote MODULE...` with a SOCK_SEQPACKET socket as fd 0, one JSON message per packet:
 
 supervisor -> {"start": 7, "script": "inferflux-decode", "env": {...}, "log": "/..."}
 zygote     -> {"started": 7, "pid": 123}, later {"exited": 123, "status": -9}
@@ -18,11 +18,12 @@ import os
 import selectors
 import socket
 import sys
+from collections.abc import Sequence
+from contextlib import suppress
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
-from inferflux.cli.child import kill_group
 from inferflux.cli.pdeathsig import die_with_parent
 from inferflux.engine.options import EngineOptions
 from inferflux.engine.vllm.arguments import set_environment
@@ -40,27 +41,31 @@ PRELOAD = (
     "vllm.entrypoints.launchers.api_server.app_state",
     "vllm.entrypoints.launchers.app",
     "vllm.entrypoints.launchers.cli_args",
+    "vllm.entrypoints.generate.api_router",
+    "vllm.v1.core.sched.scheduler",
     "vllm.v1.engine.core",
+    "vllm.v1.executor.multiproc_executor",
     "vllm.v1.worker.cpu_worker",
 )
 Message = dict[str, Any]
 
 
-def main() -> int:
+def main(modules: Sequence[str]) -> int:
     """Serve until the supervisor is gone; in a forked child, be the worker that was asked for."""
-    preload()
+    preload(modules)
     with socket.socket(fileno=0) as supervisor:
         order = serve(supervisor)
     return become(order) if order else 0
 
 
-def preload() -> None:
+def preload(modules: Sequence[str]) -> None:
     """Import what workers need. Raises when that started a thread: forking would be unsafe."""
     set_environment(EngineOptions("", Role.DECODE, threads=int(os.environ["OMP_NUM_THREADS"])))
-    for name in PRELOAD:
-        importlib.import_module(name)
+    for name in modules:
+        with suppress(ImportError):  # another version's name
+            importlib.import_module(name)
     if (num_threads := len(list(Path("/proc/self/task").iterdir()))) != 1:
-        raise RuntimeError(f"{num_threads} threads after importing vllm")
+        raise RuntimeError(f"{num_threads} threads after the imports")
     gc.collect()
     gc.freeze()  # or the collector would write into pages that all workers share
 
@@ -74,7 +79,9 @@ def serve(supervisor: socket.socket) -> Message | None:
             for key, _ in selector.select():
                 if key.data is not None:
                     selector.unregister(key.fileobj)
-                    send(supervisor, exited=key.data, status=reap(key.fd, key.data))
+                    os.close(key.fd)
+                    _, status = os.waitpid(key.data, 0)
+                    send(supervisor, exited=key.data, status=os.waitstatus_to_exitcode(status))
                     continue
                 if not (packet := supervisor.recv(MAX_MESSAGE)):
                     return None
@@ -93,13 +100,6 @@ def send(supervisor: socket.socket, **message: int) -> None:
     supervisor.send(json.dumps(message).encode())
 
 
-def reap(pidfd: int, pid: int) -> int:
-    """Collect an ended child, and kill what it left in its group while its id is still its own."""
-    os.close(pidfd)
-    kill_group(pid)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-
 def become(order: Message) -> int:
     """Turn this fork into the worker: its session, log and environment; then run its console script."""
     os.setsid()
@@ -110,8 +110,8 @@ def become(order: Message) -> int:
         os.set_inheritable(target, True)
     os.environ.clear()
     os.environ.update(order["env"])
-    # OpenMP read the environment when torch was loaded.
-    sys.modules["torch"].set_num_threads(int(order["env"]["OMP_NUM_THREADS"]))
+    if (torch := sys.modules.get("torch")) is not None:  # OpenMP read the environment when it was loaded
+        torch.set_num_threads(int(order["env"]["OMP_NUM_THREADS"]))
     sys.argv = [order["script"]]
     (script,) = entry_points(group="console_scripts", name=order["script"])
     status: int = script.load()()
@@ -119,4 +119,4 @@ def become(order: Message) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

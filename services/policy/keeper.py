@@ -15,20 +15,18 @@ import random
 from collections.abc import Callable
 
 from inferflux.clock import Clock
-from inferflux.errors import Unavailable
+from inferflux.errors import InvalidRequest, Unavailable
 from inferflux.feed import Feed
 from inferflux.telemetry.metrics import SNAPSHOT_REVISION, STORE_UP
 from services.policy.book import KeyBook
 from services.policy.keys import Key
-from services.policy.store import PolicyStore
+from services.policy.store import MAX_REVISION, PolicyStore
 
 log = logging.getLogger(__name__)
 
 RECHECK_S = 1.0
 """Notices what no message tells: FLUSHALL, a message lost with its connection."""
 MAX_BACKOFF_S = 1.0
-MAX_REVISION = 2**62
-"""Far above any clock, far below the end of uint64: what claims more is broken."""
 
 
 class Keeper:
@@ -58,24 +56,28 @@ class Keeper:
 
     async def change(self, edit: Callable[[KeyBook], KeyBook]) -> KeyBook:
         """Apply `edit` to the store, then to memory and all watchers. Raises Unavailable and what `edit` raises."""
+        was_loaded = self.is_loaded
         book = await self._store.update(lambda stored: edit(self._repaired(stored)))
         self._adopt(book)
+        if not was_loaded:
+            self._log_start(book)
         return book
 
     async def refresh(self) -> None:
         """Take over what the store has, and give it what it lacks. Raises Unavailable."""
-        if not self.is_loaded:
-            await self._load()
-        elif self._memory.revision < self._floor or self._memory.revision != await self._store.revision():
+        is_high_enough = self.is_loaded and self._memory.revision >= self._floor
+        if not is_high_enough or self._memory.revision != await self._store.revision():
             await self.change(lambda book: book)
 
     async def overtake(self, revision: int) -> None:
         """Get up to a revision that a gateway has, as soon as the store has been read again.
 
         A gateway can be ahead of a replica that missed a write, or of a cluster that lost its state; the first must not
-        be answered with old contents under a new number.
+        be answered with old contents under a new number. Raises InvalidRequest.
         """
-        if not max(self._floor, self._memory.revision) < revision < MAX_REVISION:
+        if revision >= MAX_REVISION:
+            raise InvalidRequest(f"revision {revision} is not one of ours", param="revision")
+        if revision <= max(self._floor, self._memory.revision):
             return
         self._floor = revision
         try:
@@ -100,8 +102,7 @@ class Keeper:
             await asyncio.sleep(backoff_s * random.uniform(0.5, 1.0))  # noqa: S311  -- jitter
             backoff_s = min(2 * backoff_s, MAX_BACKOFF_S)
 
-    async def _load(self) -> None:
-        book = await self.change(lambda stored: stored.upsert(self._initial, self.now_ms()))
+    def _log_start(self, book: KeyBook) -> None:
         if refused := [key.key_id for key in self._initial if key.key_id in book.revoked]:
             log.warning("keys of INFERFLUX_API_KEYS stay revoked", extra={"key_ids": refused})
         if not book.keys:
@@ -109,10 +110,11 @@ class Keeper:
         log.info("policy loaded", extra={"revision": book.revision, "num_keys": len(book.keys)})
 
     def _repaired(self, stored: KeyBook) -> KeyBook:
-        book = stored.restore(self._memory, self.now_ms(), self._floor)
+        """Put back what the store has lost and, the first time, put in what the environment says."""
         if stored.revision < self._memory.revision:
             log.error("the policy store went back and is repaired from memory", extra={"revision": stored.revision})
-        return book
+        book = stored.restore(self._memory, self.now_ms(), self._floor)
+        return book if self.is_loaded else book.upsert(self._initial, self.now_ms())
 
     def _adopt(self, book: KeyBook) -> None:
         """Merge instead of replacing: writes may come back in another order than they were made."""

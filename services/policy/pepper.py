@@ -1,7 +1,7 @@
-"""The cluster's pepper: turns secrets into hashes, and seals records so that Redis need not be trusted.
+"""The cluster's pepper: turns secrets into hashes, and seals the records that go to Redis.
 
-Whoever can write to Redis could otherwise write itself an admin key. Hashes and seals cannot be confused: what is
-sealed starts with a byte that no secret contains.
+Whoever can write to Redis could otherwise write itself an admin key. (It can still delete records, or put back an old
+one.) Hashes and seals cannot be confused: what is sealed starts with a byte that no secret contains.
 """
 
 from __future__ import annotations

@@ -17,13 +17,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from inferflux.clock import Clock
-from inferflux.errors import Conflict, Unavailable
+from inferflux.errors import Conflict, InvalidRequest, Unavailable
 from inferflux.feed import Feed
 from inferflux.telemetry.metrics import SNAPSHOT_REVISION, STORE_UP
 from services.registry.leases import LeaseTable
 from services.registry.models import Model, ModelBook
 from services.registry.roster import Roster
-from services.registry.store import RegistryStore
+from services.registry.store import MAX_REVISION, RegistryStore
 from services.registry.workers import Worker
 
 log = logging.getLogger(__name__)
@@ -34,8 +34,6 @@ MIRROR_S = 1.0
 MAX_BACKOFF_S = 1.0
 FORGET_S = 60.0
 """A roster that has not changed for so long belongs to a replica that is gone."""
-MAX_REVISION = 2**62
-"""Far above any clock, far below the end of uint64: what claims more is broken."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,9 +78,11 @@ class Directory:
         is_new = known is None or known.incarnation != worker.incarnation
         if is_new or model.name not in self._models().models:
             self._unsaved[model.name] = replace(model, created_at_ms=self.now_ms())
+            self._changed.set()
         if known != worker:
             log.info("worker registered", extra=_describe(worker))
             self._changed.set()
+        if self._changed.is_set():
             self._update()
 
     def deregister(self, worker_id: str, incarnation: str) -> None:
@@ -104,15 +104,16 @@ class Directory:
         """
         if serving := [worker.worker_id for worker in self.leases.workers() if worker.model == name]:
             raise Conflict(f"model {name!r} is served by {', '.join(serving)}")
-        self._unsaved.pop(name, None)
         await self._change(lambda stored: stored.delete(name, self.now_ms()))
         return self.feed.revision
 
     async def overtake(self, revision: int) -> None:
-        """Get above a revision that a gateway has, once settled."""
+        """Get above a revision that a gateway has, once settled. Raises InvalidRequest."""
+        if revision >= MAX_REVISION:
+            raise InvalidRequest(f"revision {revision} is not one of ours", param="revision")
         if revision:
             await self._settled.wait()
-        if self.feed.revision < revision < MAX_REVISION:
+        if self.feed.revision < revision:
             self._publish(self._content(), floor=revision)
 
     def now_ms(self) -> int:
@@ -136,7 +137,7 @@ class Directory:
         self._update()
 
     async def run_writer(self) -> None:
-        """Mirror this replica's leases for ever: at once when they change, and each second while others depend on it."""
+        """Mirror our leases for ever: at once when they change, and each second while there are other replicas."""
         while True:
             await _wait(self._changed, MIRROR_S)
             if self._changed.is_set() or self._sightings:

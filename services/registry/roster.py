@@ -12,7 +12,7 @@ from services.registry.workers import Worker
 
 @dataclass(frozen=True, slots=True)
 class Roster:
-    """`beat` grows with each writing: readers prolong leases only when it has. `gone` maps ids to ended incarnations."""
+    """`beat` grows with each writing: readers prolong leases only when it has. `gone`: ended incarnations by id."""
 
     beat: int
     workers: tuple[Worker, ...]

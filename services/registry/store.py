@@ -32,6 +32,8 @@ CHANNEL = "ifx:{registry}:changes"
 
 ANSWER_TIMEOUT_S = 1.0
 UPDATE_TIMEOUT_S = 5.0
+MAX_REVISION = 2**62
+"""Far above any clock, far below the end of uint64: what claims more is broken."""
 
 # redis-py's own types say bytes and text, coroutine and value, all at once.
 Client = Any
@@ -162,4 +164,6 @@ def _unavailable() -> Iterator[None]:
 
 def _number(text: str | None) -> int:
     """Read a revision; what is none counts as missing, and is then written anew."""
-    return int(text) if text is not None and text.isdecimal() else 0
+    if text is None or not text.isdecimal() or len(text) > len(str(MAX_REVISION)):
+        return 0
+    return int(text) if int(text) < MAX_REVISION else 0

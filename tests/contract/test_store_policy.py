@@ -7,8 +7,10 @@ import time
 
 import pytest
 
+from inferflux.clock import ManualClock
 from inferflux.errors import ConfigError, NotFound, Unavailable
 from services.policy.book import KeyBook
+from services.policy.keeper import Keeper
 from services.policy.keys import Scope, new_key
 from services.policy.pepper import Pepper
 from services.policy.store import PolicyStore
@@ -125,9 +127,10 @@ async def test_poisoned_records_are_ignored_and_good_ones_kept(store, server):
     assert await read(store) == written
 
 
-async def test_a_revision_that_is_no_number_counts_as_missing(store, server):
+@pytest.mark.parametrize("text", ["x", "", "-5", "1e9", "9" * 19, "9" * 5000])
+async def test_a_revision_that_is_none_of_ours_counts_as_missing(store, server, text):
     """The next write repairs it."""
-    server.command("SET", "ifx:{policy}:revision", "x")
+    server.command("SET", "ifx:{policy}:revision", text)
 
     assert await store.revision() == 0
     assert (await store.update(adding(1))).revision == NOW_MS
@@ -161,6 +164,33 @@ async def test_a_value_of_the_wrong_type_is_unavailable_not_a_crash(store, serve
 
     with pytest.raises(Unavailable):
         await read(store)
+
+
+async def test_the_first_write_of_a_service_registers_its_initial_keys_too(store):
+    """Whether an operator's call or the service's own loop reaches the store first."""
+    keeper = Keeper(store, ManualClock(NOW_MS / 1000), [key(1)])
+    await keeper.change(adding(2))
+
+    assert (await read(store)).keys.keys() == {key(1).key_id, key(2).key_id}
+
+
+async def test_a_replica_takes_over_what_others_wrote_and_repairs_what_was_lost(store, replica, server):
+    """In memory, in the store and in what watchers see, always upwards."""
+    ours, theirs = (Keeper(s, ManualClock(NOW_MS / 1000), []) for s in (store, replica))
+    await ours.change(adding(1))
+    await theirs.change(adding(2))
+    await ours.refresh()
+    assert ours.book() == theirs.book()
+
+    server.command("FLUSHALL")
+    await theirs.change(lambda book: book.revoke(key(1).key_id, NOW_MS))
+    server.command("FLUSHALL")
+    await ours.refresh()
+    await theirs.refresh()
+    await ours.refresh()
+    assert ours.book() == theirs.book() == await read(store)
+    assert ours.book().keys.keys() == {key(2).key_id}
+    assert ours.feed.revision == ours.book().revision
 
 
 def test_a_bad_url_is_a_configuration_error():

@@ -12,6 +12,8 @@ from tests.support.cluster import Cluster
 
 MODEL = "smollm2-135m"
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
+# Newer Anthropic clients have no parameter for it; the API does.
+GREEDY = {"temperature": 0}
 SCHEMA = {
     "type": "object",
     "properties": {"city": {"type": "string", "maxLength": 12}, "large": {"type": "boolean"}},
@@ -122,8 +124,8 @@ def test_json_schema(client: openai.OpenAI) -> None:
 
 def test_anthropic_messages(claude: anthropic.Anthropic) -> None:
     """The Anthropic client gets an answer with its key in x-api-key, streamed and not."""
-    answer = claude.messages.create(model=MODEL, messages=QUESTION, max_tokens=16, temperature=0)
-    with claude.messages.stream(model=MODEL, messages=QUESTION, max_tokens=16, temperature=0) as stream:
+    answer = claude.messages.create(model=MODEL, messages=QUESTION, max_tokens=16, extra_body=GREEDY)
+    with claude.messages.stream(model=MODEL, messages=QUESTION, max_tokens=16, extra_body=GREEDY) as stream:
         streamed = stream.get_final_text()
 
     assert "Paris" in answer.content[0].text
@@ -133,7 +135,7 @@ def test_anthropic_messages(claude: anthropic.Anthropic) -> None:
 def test_anthropic_token_count(claude: anthropic.Anthropic) -> None:
     """Counting tokens agrees with what the prompt costs."""
     count = claude.messages.count_tokens(model=MODEL, messages=QUESTION)
-    answer = claude.messages.create(model=MODEL, messages=QUESTION, max_tokens=1, temperature=0)
+    answer = claude.messages.create(model=MODEL, messages=QUESTION, max_tokens=1, extra_body=GREEDY)
 
     assert answer.usage.input_tokens == count.input_tokens
 

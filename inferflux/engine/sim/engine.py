@@ -37,17 +37,18 @@ class SimEngine(Engine):
         self._arena = arena
         profile = profiles.load(options.sim_profile)
         self._profile = replace(profile, block_size=options.block_size or profile.block_size)
-        self._max_model_len = options.max_model_len or profile.max_model_len
         self._fingerprint = _fingerprint(options, self._profile.block_size)
         self._key = sha256(repr(self._fingerprint).encode()).digest()
         num_blocks = options.kv_cache_bytes // profile.slot_bytes
         if num_blocks < 1:
             raise ConfigError(f"kv_cache_bytes: {options.kv_cache_bytes} is less than a block of {profile.slot_bytes}")
+        longest = num_blocks * self._profile.block_size
+        self._max_model_len = min(options.max_model_len or profile.max_model_len, longest)
         self._pool = BlockPool(num_blocks)
         self._kv = KvCache(num_blocks, self._profile.block_size, profile.slot_bytes, self._key)
         self._hydrator = Hydrator(self._kv, self._profile.block_size, profile.slot_bytes)
         self._scheduler = Scheduler(self._profile, self._pool, self._kv, self._hydrator, options.max_num_seqs)
-        self._app = App(options.model, min(self._max_model_len, num_blocks * self._profile.block_size))
+        self._app = App(options.model, self._max_model_len)
         self._steps: asyncio.Task[None] | None = None
 
     async def start(self) -> EngineInfo:
@@ -152,13 +153,14 @@ class SimEngine(Engine):
         self, context: RequestContext, inbox: Inbox, prompt: tuple[int, ...], how: Sampling, first_index: int
     ) -> Job:
         room = self._max_model_len - len(prompt)
+        natural_end = self._profile.natural_tokens if how.max_tokens is None and not how.ignore_eos else None
         indexes = range(first_index, first_index + how.n)
         return Job(
             prompt=prompt,
             hashes=chain(self._key, context.cache_salt, prompt),
             choices=[Choice(i, how.key(i), StopGuard(how.stop), list(prompt)) for i in indexes],
-            limit=min(how.max_tokens or room, room),
-            natural_end=self._profile.natural_tokens if how.max_tokens is None and not how.ignore_eos else None,
+            limit=min(how.max_tokens or room, natural_end or room, room),
+            natural_end=natural_end,
             may_stop=bool(how.stop),
             priority=context.priority,
             emit=inbox.put,

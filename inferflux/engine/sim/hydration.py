@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from inferflux.engine.base import KvSource
@@ -29,27 +29,13 @@ class Hydrator:
         self._threads = ThreadPoolExecutor(NUM_THREADS, "hydrate")
         self._readers: dict[str, tuple[str, ArenaReader]] = {}
 
-    async def load(
-        self,
-        source: KvSource,
-        num_tokens: int,
-        blocks: Sequence[int],
-        first: int,
-        on_abandoned: Callable[[], None],
-    ) -> KvReport:
-        """Copy all blocks of the prompt from `first` on into `blocks`; never raises a KvError.
+    def load(self, source: KvSource, num_tokens: int, blocks: Sequence[int], first: int) -> asyncio.Future[KvReport]:
+        """Copy all blocks of a prompt from `first` on into `blocks`, which stay in use until the future is done.
 
-        When the caller is cancelled the copy runs to its end and then calls `on_abandoned`: the blocks are in use
-        until then.
+        Its result says how it went; KvErrors are reported, not raised.
         """
-        copying = asyncio.get_running_loop().run_in_executor(
-            self._threads, self._load, source, num_tokens, tuple(blocks), first
-        )
-        try:
-            return await asyncio.shield(copying)
-        except asyncio.CancelledError:
-            copying.add_done_callback(lambda _: on_abandoned())
-            raise
+        work = self._load, source, num_tokens, tuple(blocks), first
+        return asyncio.get_running_loop().run_in_executor(self._threads, *work)
 
     def close(self) -> None:
         """Wait for the copies that run and forget all arenas. Idempotent."""

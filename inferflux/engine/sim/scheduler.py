@@ -10,13 +10,15 @@ from __future__ import annotations
 import asyncio
 import logging
 from bisect import insort
+from typing import cast
 
+from inferflux.engine.base import KvSource
 from inferflux.engine.sim.blocks import BlockPool
 from inferflux.engine.sim.hydration import Hydrator
 from inferflux.engine.sim.kv import KvCache
 from inferflux.engine.sim.profile import SimProfile
 from inferflux.engine.sim.sequence import Choice, Job
-from inferflux.errors import Internal, WorkerLost
+from inferflux.errors import Internal, InvalidRequest, WorkerLost
 from inferflux.types import KvReport
 
 logger = logging.getLogger(__name__)
@@ -34,7 +36,7 @@ class Scheduler:
         self._hydrator = hydrator
         self._max_num_seqs = max_num_seqs
         self._waiting: list[Job] = []
-        self._loading: dict[Job, asyncio.Task[None]] = {}
+        self._loading: list[Job] = []
         self._running: list[Job] = []
         self._wake = asyncio.Event()
         self.step = 0
@@ -56,6 +58,7 @@ class Scheduler:
         """Queue a job; lower priority first, then first come, first served."""
         if not self.is_alive:
             raise WorkerLost("the engine is dead")
+        self._require_possible(job)
         job.early = job.early_token
         if job.early is not None:
             job.add(job.choices[0], job.early)
@@ -65,7 +68,7 @@ class Scheduler:
     def abort(self, job: Job) -> None:
         """Stop a job and free its blocks (after the copy that may run). Idempotent; finished jobs are ignored."""
         if job in self._loading:
-            self._loading.pop(job).cancel()
+            self._loading.remove(job)
         elif job in self._running:
             self._running.remove(job)
             self._drop(job)
@@ -103,18 +106,32 @@ class Scheduler:
         while self._waiting and self._allocate(self._waiting[0]):
             job = self._waiting.pop(0)
             if job.source is not None and job.num_uncomputed:
-                self._loading[job] = asyncio.create_task(self._load(job), name="hydrate")
+                self._load(job, job.source)
             else:
                 self._start(job)
+
+    def _require_possible(self, job: Job) -> None:
+        """Refuse what could never be admitted: it would wait for ever."""
+        num_full, num_total = self._num_blocks(job)
+        num_needed = num_total + (len(job.choices) - 1) * (num_total - num_full)
+        if len(job.choices) > self._max_num_seqs or num_needed > self._pool.num_blocks:
+            raise InvalidRequest(
+                f"{len(job.choices)} choices with {num_needed} KV blocks, more than the engine's "
+                f"{self._max_num_seqs} sequences or {self._pool.num_blocks} blocks"
+            )
+
+    def _num_blocks(self, job: Job) -> tuple[int, int]:
+        """Blocks that the prompt fills, and all that a choice may need."""
+        size = self._profile.block_size
+        return len(job.prompt) // size, -(-(len(job.prompt) + job.limit) // size)
 
     def _allocate(self, job: Job) -> bool:
         """Give a job all blocks it may need: cached ones, one set for its prompt, and each choice's own."""
         num_seqs = self.num_running + sum(len(loading.choices) for loading in self._loading)
         size = self._profile.block_size
-        num_full, num_total = len(job.prompt) // size, -(-(len(job.prompt) + job.limit) // size)
+        num_full, num_total = self._num_blocks(job)
         cached = self._pool.find(job.hashes[size - 1 :: size])
-        num_others = len(job.choices) - 1
-        num_new = num_total - len(cached) + num_others * (num_total - num_full)
+        num_new = num_total - len(cached) + (len(job.choices) - 1) * (num_total - num_full)
         if num_seqs + len(job.choices) > self._max_num_seqs or not self._pool.can_take(num_new, cached):
             return False
         self._pool.share(cached)
@@ -126,30 +143,31 @@ class Scheduler:
         first.num_computed = job.num_cached = len(cached) * size
         return True
 
-    async def _load(self, job: Job) -> None:
-        assert job.source is not None  # noqa: S101 - for mypy: only jobs with a source are loaded
+    def _load(self, job: Job, source: KvSource) -> None:
         blocks, first = job.choices[0].blocks, job.num_cached // self._profile.block_size
-        try:
-            report = await self._hydrator.load(job.source, len(job.prompt), blocks, first, lambda: self._abandon(job))
-        except Exception as e:  # noqa: BLE001 - a bug in hydration must not leave its request waiting for ever
-            del self._loading[job]
-            self._abandon(job)
-            job.emit(e)
-            return
-        del self._loading[job]
-        if report.result == "committed":
-            job.choices[0].num_computed = len(job.prompt)
-        self._start(job, report)
+        self._loading.append(job)
+        loading = self._hydrator.load(source, len(job.prompt), blocks, first)
+        loading.add_done_callback(lambda done: self._end_loading(job, done))
+
+    def _end_loading(self, job: Job, done: asyncio.Future[KvReport]) -> None:
+        """Go on with a loaded job, or drop what an aborted one held: until now the copy was writing into it."""
+        error = done.exception()
+        if job in self._loading and error is None:
+            self._loading.remove(job)
+            if done.result().result == "committed":
+                job.choices[0].num_computed = len(job.prompt)
+            self._start(job, done.result())
+        else:
+            self._drop(job)
+            if job in self._loading and error is not None:
+                self._loading.remove(job)
+                job.emit(cast("Exception", error))
         self._wake.set()
 
     def _start(self, job: Job, report: KvReport | None = None) -> None:
         if job.source is not None:
             job.emit(report or KvReport(job.source.ticket_id, "unneeded"))
         self._running.append(job)
-
-    def _abandon(self, job: Job) -> None:
-        self._drop(job)
-        self._wake.set()
 
     # One job's step
 

@@ -151,7 +151,7 @@ class Job:
     def early_token(self) -> int | None:
         """The token that prefill sampled, if it can be used before its KV is here: it must not end the request."""
         is_simple = len(self.choices) == 1 and self.choices[0].num_output == 0 and not self.may_stop
-        if self.source is None or not is_simple or min(self.limit, self.natural_end or self.limit) <= 1:
+        if self.source is None or not is_simple or self.limit <= 1:
             return None
         return self.source.first_token_ids[0] if len(self.source.first_token_ids) == 1 else None
 

@@ -17,7 +17,8 @@ PARAMS = "kv_transfer_params"
 PUBLISH = "publish"
 SOURCE = "source"
 SLOTS = "slots"
-# vLLM's own names: with the first in a finished output's parameters its scheduler adds the second.
+# vLLM's own names. With the first in prefill's parameters its scheduler adds the second; with both in decode's, clients
+# are told what prefill had cached instead of what came by ticket.
 REMOTE = "do_remote_prefill"
 CACHED = "remote_prefill_cached_tokens"
 DELIVERED = "inferflux_delivered"
@@ -26,7 +27,7 @@ DELIVERED = "inferflux_delivered"
 def source_to_params(source: KvSource) -> dict[str, Any]:
     """Flatten for msgspec: plain types only."""
     raw = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(source).items()}
-    return {SOURCE: raw, CACHED: source.num_cached_tokens}
+    return {SOURCE: raw, REMOTE: True, CACHED: source.num_cached_tokens}
 
 
 def source_from_params(params: dict[str, Any] | None) -> KvSource | None:

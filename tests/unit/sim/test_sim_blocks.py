@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
@@ -46,6 +47,7 @@ class Pool(RuleBasedStateMachine):
 
 
 TestPool = Pool.TestCase
+TestPool.settings = settings(max_examples=50, stateful_step_count=30)
 
 
 def test_the_longest_unused_content_is_forgotten_first() -> None:

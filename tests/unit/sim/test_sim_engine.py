@@ -17,10 +17,11 @@ from inferflux.engine.base import Engine, KvSource, Prefilled
 from inferflux.engine.options import EngineOptions
 from inferflux.engine.reference import NumericsReference, save
 from inferflux.engine.sim.profile import INSTANT
-from inferflux.errors import ConfigError, Internal, NumericsMismatch, WorkerLost
+from inferflux.errors import ConfigError, Internal, InvalidRequest, NumericsMismatch, WorkerLost
 from inferflux.kv.arena import Arena
 from inferflux.kv.shm import ArenaServer
 from inferflux.types import ChoiceTokens, Frame, HttpCall, RequestContext, Role
+from tests.support.service import until
 
 OPTIONS = EngineOptions("m", Role.DECODE, kv_cache_bytes=4 << 20, sim_profile=INSTANT)
 CONTEXT = RequestContext("r-1", cache_salt="5a17")
@@ -231,8 +232,7 @@ async def test_cancelling_at_any_moment_frees_everything(tmp_path: Path) -> None
                 await asyncio.sleep(0)
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
-        while decode.load().num_free_blocks < decode.load().num_blocks:
-            await asyncio.sleep(0)
+        await until(lambda: decode.load().num_free_blocks == decode.load().num_blocks)
 
         assert (decode.load().num_running, decode.load().num_waiting) == (0, 0)
         arena.free(source.slots)
@@ -280,8 +280,7 @@ async def test_what_has_no_room_waits_and_lower_priorities_go_first() -> None:
             order.append(name)
 
         first = asyncio.create_task(run("first", 5))
-        while engine.load().num_running == 0:
-            await asyncio.sleep(0)
+        await until(lambda: engine.load().num_running == 1)
         await asyncio.gather(first, run("normal", 0), run("urgent", -1), run("normal too", 0))
 
         assert order == ["first", "urgent", "normal", "normal too"]
@@ -315,14 +314,23 @@ async def test_an_unlimited_answer_has_a_natural_end() -> None:
 async def test_a_dead_engine_fails_its_requests_and_says_so() -> None:
     async with running() as engine:
         task = asyncio.create_task(frames_of(engine, call(max_tokens=1000)))
-        while engine.load().num_running == 0:
-            await asyncio.sleep(0)
+        await until(lambda: engine.load().num_running == 1)
 
         await engine.close()
 
         with pytest.raises(WorkerLost):
             await task
         assert not engine.load().is_alive
+
+
+async def test_what_could_never_run_is_refused_instead_of_waiting_for_ever() -> None:
+    async with running(replace(OPTIONS, max_num_seqs=2)) as engine:
+        with pytest.raises(InvalidRequest, match="3 choices"):
+            await frames_of(engine, call(n=3))
+
+    async with running(replace(OPTIONS, kv_cache_bytes=6 * 16384)) as engine:
+        with pytest.raises(InvalidRequest, match="blocks"):
+            await frames_of(engine, call(n=8))
 
 
 def test_a_cache_smaller_than_a_block_is_a_configuration_error() -> None:

@@ -1,0 +1,47 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from inferflux.config import load
+from inferflux.errors import ConfigError
+from inferflux.types import Role
+from inferflux.worker.settings import WorkerSettings
+
+ENVIRON = {"INFERFLUX_INSTANCE_ID": "decode-0", "INFERFLUX_MODEL": "m", "INFERFLUX_HOME": "/h", "INFERFLUX_ENGINE": "sim"}
+
+
+def settings(**more: str) -> WorkerSettings:
+    return load(WorkerSettings, ENVIRON | {f"INFERFLUX_{name.upper()}": value for name, value in more.items()})
+
+
+def test_defaults_follow_from_the_home_and_the_engine() -> None:
+    sim, vllm = settings(), settings(engine="vllm", model_dir="/models/m")
+
+    assert (sim.bind, sim.arena_socket) == ("unix:/h/run/decode-0.sock", Path("/h/run/decode-0.arena.sock"))
+    assert (sim.wedge_s, vllm.wedge_s) == (2.0, 30.0)
+    assert settings(wedge_s="7").wedge_s == 7
+
+
+def test_the_engine_gets_its_share() -> None:
+    core = min(os.sched_getaffinity(0))
+    options = settings(cpu_cores=f"{core}", dtype="float32", block_size="32", model_digest="d").engine_options(Role.DECODE)
+
+    assert (options.role, options.model, options.dtype, options.block_size) == (Role.DECODE, "m", "float32", 32)
+    assert (options.cpu_cores, options.model_digest) == ((core,), "d")
+
+
+@pytest.mark.parametrize(
+    ("more", "complaint"),
+    [
+        ({"engine": "vllm"}, "INFERFLUX_MODEL_DIR: missing"),
+        ({"engine": "llama"}, "must be one of vllm, sim"),
+        ({"cpu_cores": "1,x"}, "'x' is neither a core nor a range"),
+        ({"cpu_cores": "0-99999"}, "no cores"),
+    ],
+)
+def test_bad_settings_are_named(more: dict[str, str], complaint: str) -> None:
+    with pytest.raises(ConfigError, match=complaint):
+        settings(**more)
