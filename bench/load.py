@@ -122,6 +122,7 @@ def summary(samples: Sequence[Sample]) -> dict[str, float]:
         "ttft_p99_ms": 1e3 * quantile([s.ttft_s for s in good], 0.99),
         "itl_p50_ms": 1e3 * quantile(itls, 0.5),
         "itl_p99_ms": 1e3 * quantile(itls, 0.99),
+        "requests_s": len(good) / wall,
         "output_tok_s": sum(s.num_output_tokens for s in good) / wall,
         "total_tok_s": sum(s.num_output_tokens + s.num_prompt_tokens for s in good) / wall,
     }

@@ -17,7 +17,9 @@
     +-- DeadlineExceeded          504 DEADLINE_EXCEEDED
     +-- Conflict                  409 ABORTED
     +-- KvError                   500 FAILED_PRECONDITION  (never reaches a client: the prompt is computed again)
-    |   +-- TicketInvalid, TicketForeign, TicketExpired, KvStale, KvDigestMismatch, KvIncompatible, KvUnreachable, ArenaFull
+    |   +-- TicketInvalid, TicketForeign, TicketExpired, KvStale, KvDigestMismatch, KvIncompatible, KvUnreachable,
+    |       ArenaFull
+    +-- EngineFailed              500 INTERNAL             retryable
     +-- NumericsMismatch          500 FAILED_PRECONDITION
     +-- ConfigError               500 FAILED_PRECONDITION
     +-- Internal                  500 INTERNAL
@@ -144,6 +146,12 @@ class KvUnreachable(KvError):
 
 class ArenaFull(KvError):
     reason, kv_reason = "ARENA_FULL", "arena_full"
+
+
+class EngineFailed(InferfluxError):
+    """The engine gave up on this request; its neighbours are unharmed."""
+
+    reason, is_retryable = "ENGINE_FAILED", True
 
 
 class NumericsMismatch(InferfluxError):

@@ -30,7 +30,8 @@ class EngineOptions:
     `dtype`: auto | float32 | bfloat16 | float16. `max_model_len`, `block_size`: 0 = the model's or engine's own.
     `cpu_cores`: cores the engine's compute may use; empty = not pinned. `numerics_reference`: file with the top-1
     tokens and log-probabilities that `check_numerics` must reproduce; None = no check is possible.
-    `model_digest`: SHA-256 over the model's files, part of every fingerprint. `sim_profile`: latencies of the sim engine; None = its default.
+    `model_digest`: SHA-256 over the model's files, part of every fingerprint. `sim_profile`: latencies of the sim
+    engine; None = its default.
     """
 
     model: str

@@ -71,14 +71,14 @@ REQUESTS = Counter(
     ("role", "endpoint", "code"),
     registry=REGISTRY,
 )
-REQUEST_SECONDS = Histogram(
+REQUEST_SECONDS = TallyHistogram(
     "inferflux_request_seconds",
     "Time from the full request body to the last byte of the response, in seconds.",
     ("role", "endpoint"),
     buckets=_LATENCY_S,
     registry=REGISTRY,
 )
-TTFT = Histogram(
+TTFT = TallyHistogram(
     "inferflux_ttft_seconds",
     "Time from the full request body to the first data written, in seconds (time to first token).",
     ("model",),
@@ -88,7 +88,7 @@ TTFT = Histogram(
 ITL = TallyHistogram(
     "inferflux_itl_seconds",
     "Gap between consecutive tokens of a stream, in seconds (inter-token latency).",
-    "model",
+    ("model",),
     buckets=_TOKEN_S,
     registry=REGISTRY,
 )

@@ -15,7 +15,7 @@ from prometheus_client.registry import Collector
 
 
 class Tally:
-    """The counts of one label value. `bounds` ascend; the last bucket holds what is above them."""
+    """The counts of one set of label values. `bounds` ascend; the last bucket holds what is above them."""
 
     __slots__ = ("_bounds", "counts", "total")
 
@@ -31,32 +31,39 @@ class Tally:
 
 
 class TallyHistogram(Collector):
-    """A histogram with one label."""
+    """A histogram with labels, in its use like prometheus_client's."""
 
     def __init__(
-        self, name: str, documentation: str, label: str, buckets: Sequence[float], registry: CollectorRegistry
+        self,
+        name: str,
+        documentation: str,
+        labelnames: Sequence[str],
+        buckets: Sequence[float],
+        registry: CollectorRegistry,
     ) -> None:
         self._name = name
         self._documentation = documentation
-        self._label = label
+        self._labelnames = labelnames
         self._buckets = tuple(buckets)
-        self._tallies: dict[str, Tally] = {}
+        self._tallies: dict[tuple[str, ...], Tally] = {}
         registry.register(self)
 
-    def labels(self, value: str) -> Tally:
-        """Return the counts of a label value; the same object each time."""
-        if value not in self._tallies:
-            self._tallies[value] = Tally(self._buckets)
-        return self._tallies[value]
+    def labels(self, *values: str) -> Tally:
+        """Return the counts of these label values; the same object each time."""
+        if values not in self._tallies:
+            if len(values) != len(self._labelnames):
+                raise ValueError(f"{self._name} has labels {self._labelnames}, not {values}")
+            self._tallies[values] = Tally(self._buckets)
+        return self._tallies[values]
 
     def collect(self) -> Iterator[HistogramMetricFamily]:
         """Give Prometheus's cumulative form."""
-        family = HistogramMetricFamily(self._name, self._documentation, labels=[self._label])
+        family = HistogramMetricFamily(self._name, self._documentation, labels=self._labelnames)
         names = [*map(str, self._buckets), "+Inf"]
-        for value, tally in self._tallies.items():
+        for values, tally in self._tallies.items():
             cumulative, total = [], 0
             for name, number in zip(names, tally.counts, strict=True):
                 total += number
                 cumulative.append((name, total))
-            family.add_metric([value], cumulative, tally.total)
+            family.add_metric(values, cumulative, tally.total)
         yield family

@@ -14,6 +14,7 @@ from inferflux.lifecycle import Lifecycle
 from inferflux.process import Tasks, fail, run
 from inferflux.rpc.client import open_channel
 from inferflux.rpc.mtls import Identity
+from inferflux.telemetry.logs import LineLog
 from services.gateway.admin import AdminApi
 from services.gateway.app import create_app
 from services.gateway.auth import Authenticator, KeyRing
@@ -47,7 +48,7 @@ async def serve(settings: Settings, sock: socket.socket, lifecycle: Lifecycle) -
             policy_revision=lambda: policy.revision,
             limits=settings.body_limits,
             timeout_s=settings.request_timeout_s,
-            is_logged=settings.access_log,
+            access_log=LineLog("gateway", settings.instance_id, "request", __name__) if settings.access_log else None,
         )
         app = create_app(inference, AdminApi(policy_client, policy.reached), pool.models, lifecycle)
         lifecycle.add_readiness("policy", lambda: None if policy.value is not None else "not heard yet")

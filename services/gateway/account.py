@@ -6,29 +6,28 @@ Looking up a metric's label costs more than counting, so the few label sets ther
 from __future__ import annotations
 
 import asyncio
-import logging
 from functools import cache
 from typing import Any
 
 from inferflux.telemetry import metrics
+from inferflux.telemetry.logs import LineLog
 from services.gateway.call import Call, Phase
 from services.gateway.endpoints import Endpoint
 from services.gateway.reply import Reply
 
 CLIENT_GONE = 499
 ROLE = "gateway"
-_log = logging.getLogger(__name__)
 
 
 class Account:
     """One request from its arrival to its end. `call` is set once the request is known to be a good one."""
 
-    def __init__(self, request_id: str, endpoint: Endpoint, reply: Reply, *, is_logged: bool) -> None:
+    def __init__(self, request_id: str, endpoint: Endpoint, reply: Reply, log: LineLog | None) -> None:
         self.request_id = request_id
         self.call: Call | None = None
         self.endpoint = endpoint
         self._reply = reply
-        self._is_logged = is_logged
+        self._log = log
         self._arrived_at = asyncio.get_running_loop().time()
 
     @property
@@ -48,8 +47,8 @@ class Account:
         if self.call is not None:
             _duration(self.endpoint.path).observe(now - self.call.received_at)
             self._count_tokens(self.call)
-        if self._is_logged:
-            _log.info("request", extra=self._line(status, now))
+        if self._log is not None:
+            self._log.write(self._line(status, now))
 
     def _count_tokens(self, call: Call) -> None:
         if self._reply.is_streaming:

@@ -13,7 +13,6 @@ from typing import Any
 import orjson
 from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp
 
 from inferflux import ops
 from inferflux.errors import InferfluxError, ModelNotFound, NotFound
@@ -51,9 +50,12 @@ class Gate:
 
 @dataclass(frozen=True, slots=True)
 class Doorway:
-    """The outermost middleware: takes inference requests out of the framework's way, and stamps all other responses."""
+    """What the server calls: sends inference requests past the framework, and stamps all other responses.
 
-    app: ASGIApp
+    The framework's layers would cost a request 50 us, and each of its events one more coroutine.
+    """
+
+    app: FastAPI
     inference: Inference
 
     async def __call__(self, scope: AsgiScope, receive: Receive, send: Send) -> None:
@@ -71,7 +73,7 @@ class Doorway:
         await self.app(scope, receive, stamp)
 
 
-def create_app(inference: Inference, admin: AdminApi, models: Models, lifecycle: Lifecycle) -> FastAPI:
+def create_app(inference: Inference, admin: AdminApi, models: Models, lifecycle: Lifecycle) -> Doorway:
     """Put all routes together."""
     auth = inference.auth
     app = FastAPI(openapi_url=None, redirect_slashes=False)
@@ -79,10 +81,9 @@ def create_app(inference: Inference, admin: AdminApi, models: Models, lifecycle:
     app.include_router(_metrics_routes(), dependencies=[Depends(Gate(auth, (Scope.READ,), is_open_to_loopback=True))])
     app.include_router(_model_routes(models), dependencies=[Depends(Gate(auth, (Scope.READ, Scope.GENERATE)))])
     app.include_router(admin.router(), dependencies=[Depends(Gate(auth, (Scope.ADMIN,)))])
-    app.add_middleware(Doorway, inference=inference)
     for kind in (InferfluxError, HTTPException, Exception):
         app.add_exception_handler(kind, _answer_error)
-    return app
+    return Doorway(app, inference)
 
 
 def _health_routes(lifecycle: Lifecycle) -> APIRouter:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from inferflux.telemetry import tracing
-from inferflux.types import HttpCall, RequestContext, Usage
+from inferflux.types import Usage
 from inferflux.v1 import types_pb2
 from services.gateway.auth import Principal
 from services.gateway.endpoints import Endpoint, Kind
@@ -32,7 +32,7 @@ class Call:
     endpoint: Endpoint
     principal: Principal
     model: str
-    http: HttpCall
+    http: types_pb2.HttpCall
     received_at: float
     deadline_at: float
     traceparent: str = ""
@@ -52,11 +52,13 @@ class Call:
 
     def context(self, span: tracing.Span) -> types_pb2.RequestContext:
         """Make what the next hop must know, with the time that is left now."""
-        return RequestContext(
+        context = types_pb2.RequestContext(
             request_id=self.request_id,
             tenant=self.principal.tenant,
             cache_salt=self.principal.cache_salt,
             traceparent=span.traceparent,
-            time_left_s=max(0.0, self.deadline_at - asyncio.get_running_loop().time()),
             priority=self.principal.priority,
-        ).to_proto()
+        )
+        time_left_s = max(0.0, self.deadline_at - asyncio.get_running_loop().time())
+        context.time_left.FromMilliseconds(int(time_left_s * 1000))
+        return context

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 
 from inferflux.errors import Draining, InferfluxError, InvalidRequest
 from inferflux.telemetry import logs, metrics, tracing
-from inferflux.types import HttpCall
+from inferflux.telemetry.logs import LineLog
+from inferflux.v1 import types_pb2
 from services.gateway import envelope, failures, flow
 from services.gateway.account import ROLE, Account
 from services.gateway.asgi import AsgiScope, ClientGone, Headers, RawHeaders, Receive, Send, header_map
@@ -29,7 +30,10 @@ from services.gateway.reply import Reply
 REQUEST_ID, POLICY_REVISION = b"x-request-id", b"x-inferflux-policy-rev"
 TIMEOUT = b"x-inferflux-timeout-ms"
 # What a worker's application may read. Never credentials, cookies, or anything about the client's network.
-_FORWARDED = (b"content-type", b"accept", b"user-agent", b"anthropic-version", b"anthropic-beta", b"openai-beta")
+_FORWARDED = {
+    name.encode(): name
+    for name in ("content-type", "accept", "user-agent", "anthropic-version", "anthropic-beta", "openai-beta")
+}
 _log = logging.getLogger(__name__)
 _inflight = metrics.INFLIGHT.labels(ROLE)
 
@@ -43,30 +47,30 @@ class Inference:
     policy_revision: Callable[[], int]
     limits: BodyLimits
     timeout_s: float
-    is_logged: bool
+    access_log: LineLog | None
 
     async def __call__(self, scope: AsgiScope, receive: Receive, send: Send) -> None:
         """Answer one request; whatever happens, it ends in an answer, in one error, or without a client."""
         request_id = new_request_id()
         endpoint = ENDPOINTS[scope["path"]]
         reply = Reply(send, request_id, endpoint.dialect, self.response_headers(request_id))
-        account = Account(request_id, endpoint, reply, is_logged=self.is_logged)
+        account = Account(request_id, endpoint, reply, self.access_log)
         is_gone = False
         _inflight.inc()
-        with logs.request_id(request_id):
-            try:
-                await self._serve(scope, receive, reply, account)
-            except ClientGone:
-                is_gone = True
-            except asyncio.CancelledError:  # the server's last word when it drains
-                await reply.fail(Draining("the gateway is shutting down"))
-            except Exception as e:  # noqa: BLE001 - the border: every error becomes an answer
-                if not isinstance(e, InferfluxError):
-                    _log.exception("request failed")
-                await reply.fail(failures.shown(e))
-            finally:
-                _inflight.dec()
-                account.close(is_gone=is_gone)
+        logs.REQUEST_ID.set(request_id)  # for this task, which serves nothing else
+        try:
+            await self._serve(scope, receive, reply, account)
+        except ClientGone:
+            is_gone = True
+        except asyncio.CancelledError:  # the server's last word when it drains
+            await reply.fail(Draining("the gateway is shutting down"))
+        except Exception as e:  # noqa: BLE001 - the border: every error becomes an answer
+            if not isinstance(e, InferfluxError):
+                _log.exception("request failed")
+            await reply.fail(failures.shown(e))
+        finally:
+            _inflight.dec()
+            account.close(is_gone=is_gone)
 
     def response_headers(self, request_id: str) -> RawHeaders:
         """Make the headers of every response."""
@@ -113,6 +117,11 @@ def new_request_id() -> str:
     return "req_" + secrets.token_hex(12)
 
 
-def _http_call(endpoint: Endpoint, scope: AsgiScope, headers: Headers, body: bytes) -> HttpCall:
-    forwarded = tuple((n.decode(), headers[n].decode("latin-1")) for n in _FORWARDED if n in headers)
-    return HttpCall("POST", endpoint.path, body, scope["query_string"].decode("latin-1"), forwarded)
+def _http_call(endpoint: Endpoint, scope: AsgiScope, headers: Headers, body: bytes) -> types_pb2.HttpCall:
+    call = types_pb2.HttpCall(
+        method="POST", path=endpoint.path, query=scope["query_string"].decode("latin-1"), body=body
+    )
+    for raw, name in _FORWARDED.items():
+        if raw in headers:
+            call.headers.add(name=name, value=headers[raw].decode("latin-1"))
+    return call

@@ -28,7 +28,7 @@ from services.gateway.heart import Heart
 from services.gateway.link import Link
 from services.gateway.views import Worker
 
-RELEASE_DELAY_S = 0.005
+RELEASE_DELAY_S = 0.05
 RELEASE_TIMEOUT_S = 2.0
 _log = logging.getLogger(__name__)
 
@@ -96,8 +96,7 @@ class PrefillLink(Link):
 
         Cancelling the caller aborts it on the worker. Raises InferfluxError.
         """
-        context, http = call.context(span), call.http.to_proto()
-        request = pb.PrefillRequest(context=context, call=http, session_id=self._hello.session_id)
+        request = pb.PrefillRequest(context=call.context(span), call=call.http, session_id=self._hello.session_id)
         self.num_assigned += 1
         try:
             with translated_errors():

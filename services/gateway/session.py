@@ -167,8 +167,7 @@ class DecodeSession(Link):
             raise WorkerLost("the decode worker is not connected")
         stream = TokenStream(self, next(self._handles), tickets.settle)
         self._streams[stream.handle] = stream
-        context, http = call.context(span), call.http.to_proto()
-        start = pb.Start(handle=stream.handle, context=context, call=http, prompts=tickets.prompts)
+        start = pb.Start(handle=stream.handle, context=call.context(span), call=call.http, prompts=tickets.prompts)
         self._send(pb.SessionCommand(start=start))
         self._count(call, tickets)
         return stream

@@ -13,7 +13,15 @@ from inferflux.engine.options import auto_dtype
 from inferflux.engine.reference import load as load_reference
 from inferflux.engine.vllm.arguments import server_arguments, set_environment
 from inferflux.engine.vllm.transfer import Report
-from inferflux.errors import ConfigError, Internal, NumericsMismatch, Unavailable, WorkerLost
+from inferflux.errors import (
+    ConfigError,
+    EngineFailed,
+    InferfluxError,
+    Internal,
+    NumericsMismatch,
+    Unavailable,
+    WorkerLost,
+)
 from inferflux.types import End, ErrorDetail, Frame, HttpAnswer, KvReport, ModelFingerprint, RequestContext
 
 if TYPE_CHECKING:
@@ -156,9 +164,9 @@ class VllmEngine(Engine):
     def _end(self, phase: DecodePhase) -> End:
         error = None
         if self._llm.errored:
-            error = ErrorDetail(WorkerLost.reason, "the worker's engine died", WorkerLost.http_status, True)
+            error = _detail(WorkerLost("the worker's engine died"))
         elif phase.has_failed:
-            error = ErrorDetail("ENGINE_ERROR", "the engine could not finish the request", 500, True)
+            error = _detail(EngineFailed("the engine could not finish the request"))
         return End(phase.finish_reason, phase.usage, error)
 
     def _raise_if_dead(self) -> None:
@@ -175,6 +183,10 @@ class VllmEngine(Engine):
             self._started.shutdown()
             self._started = None
         self._reports.close()
+
+
+def _detail(error: InferfluxError) -> ErrorDetail:
+    return ErrorDetail(error.reason, error.message, error.http_status, error.is_retryable)
 
 
 def _packing(config: Any) -> str:

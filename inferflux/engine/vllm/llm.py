@@ -135,11 +135,12 @@ def prompt_ids(prompt: Any) -> Sequence[int]:
 def may_trust_first_token(params: SamplingParams, source: KvSource) -> bool:
     """Whether prefill's token is exactly what sampling here would give, with no state to carry over.
 
-    Greedy only: a seeded generator would have to be advanced, a grammar fed, log-probabilities shipped.
+    Greedy, or random without a seed (one fair draw is as good as another). The rest samples again: a seeded generator
+    would have to be advanced, a grammar fed, log-probabilities shipped.
     """
     return (
         bool(source.first_token_ids)
-        and params.temperature == 0
+        and (params.temperature == 0 or params.seed is None)
         and params.n == 1
         and (params.max_tokens or 0) > 1
         and params.logprobs is None

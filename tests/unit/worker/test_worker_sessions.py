@@ -116,7 +116,7 @@ async def test_order_within_a_request_is_kept_and_its_end_is_last() -> None:
 
 async def test_a_cancelled_request_ends_and_frees_everything() -> None:
     async with serving() as (worker, sessions), Reader(session := sessions.open("s")).reading() as reader:
-        session.start(request(max_tokens=5000))
+        session.start(request(max_tokens=3000))
         await until(lambda: any(frame.choices for frame in reader.frames()))
 
         session.cancel(1, "disconnected")
@@ -130,7 +130,7 @@ async def test_a_cancelled_request_ends_and_frees_everything() -> None:
 
 async def test_a_deadline_ends_a_request_with_an_error() -> None:
     async with serving() as (worker, sessions), Reader(session := sessions.open("s")).reading() as reader:
-        late = request(max_tokens=5000)
+        late = request(max_tokens=3000)
         session.start(replace(late, context=replace(late.context, time_left_s=0.05)))
 
         await until(lambda: reader.end() is not None)
@@ -143,7 +143,7 @@ async def test_requests_of_a_lost_session_run_on_for_the_grace_then_stop() -> No
         session = sessions.open("s")
         with sessions.leases.open("s"):
             async with Reader(session).reading():
-                session.start(request(max_tokens=5000))
+                session.start(request(max_tokens=3000))
                 await until(lambda: worker.engine.load().num_running == 1)
 
         await asyncio.sleep(GRACE_S / 2)
@@ -212,7 +212,7 @@ async def test_a_worker_that_is_not_ready_refuses() -> None:
 
 async def test_closing_a_draining_session_ends_its_requests_retryably_and_then_the_stream() -> None:
     async with serving() as (worker, sessions), Reader(session := sessions.open("s")).reading() as reader:
-        session.start(request(max_tokens=5000))
+        session.start(request(max_tokens=3000))
         await until(lambda: worker.engine.load().num_running == 1)
         worker.lifecycle.begin_drain()
 
@@ -243,7 +243,9 @@ class BrokenEngine(Engine):
 
 
 @pytest.mark.parametrize("how", ["raises", "ends", "says nothing"])
-async def test_a_broken_engine_ends_the_request_without_leaking_text(how: str, caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_broken_engine_ends_the_request_without_leaking_text(
+    how: str, caplog: pytest.LogCaptureFixture
+) -> None:
     async with a_worker() as worker, Tasks() as tasks:
         broken = replace(worker, engine=BrokenEngine(worker.engine, how))
         sessions = Sessions(Answerer(broken), tasks, broken.pulse)

@@ -10,7 +10,12 @@ from inferflux.errors import ConfigError
 from inferflux.types import Role
 from inferflux.worker.settings import WorkerSettings
 
-ENVIRON = {"INFERFLUX_INSTANCE_ID": "decode-0", "INFERFLUX_MODEL": "m", "INFERFLUX_HOME": "/h", "INFERFLUX_ENGINE": "sim"}
+ENVIRON = {
+    "INFERFLUX_INSTANCE_ID": "decode-0",
+    "INFERFLUX_MODEL": "m",
+    "INFERFLUX_HOME": "/h",
+    "INFERFLUX_ENGINE": "sim",
+}
 
 
 def settings(**more: str) -> WorkerSettings:
@@ -27,7 +32,9 @@ def test_defaults_follow_from_the_home_and_the_engine() -> None:
 
 def test_the_engine_gets_its_share() -> None:
     core = min(os.sched_getaffinity(0))
-    options = settings(cpu_cores=f"{core}", dtype="float32", block_size="32", model_digest="d").engine_options(Role.DECODE)
+    options = settings(cpu_cores=f"{core}", dtype="float32", block_size="32", model_digest="d").engine_options(
+        Role.DECODE
+    )
 
     assert (options.role, options.model, options.dtype, options.block_size) == (Role.DECODE, "m", "float32", 32)
     assert (options.cpu_cores, options.model_digest) == ((core,), "d")

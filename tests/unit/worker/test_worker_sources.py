@@ -40,7 +40,12 @@ def test_a_good_ticket_becomes_a_source() -> None:
     (source,), refused = GATE.admit(CONTEXT, [prompt(TICKET)])
 
     assert refused == []
-    assert (source.ticket_id, source.slots, source.digests, source.incarnation) == ("t-1", (4, 5), TICKET.digests, "inc-1")
+    assert (source.ticket_id, source.slots, source.digests, source.incarnation) == (
+        "t-1",
+        (4, 5),
+        TICKET.digests,
+        "inc-1",
+    )
     assert source.first_token_ids == (7,)
 
 
