@@ -15,6 +15,7 @@ import json
 import os
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import httpx
@@ -37,14 +38,17 @@ def lengths(num: int, longest: int, shortest: int = 5) -> list[int]:
     return [round(shortest * (longest / shortest) ** (i / (num - 1))) for i in range(num)]
 
 
-async def prompts(client: httpx.AsyncClient, server: Server, num: int, longest: int) -> list[list[int]]:
-    """Token ids cut from the licence's text, each prompt from another place."""
+async def tokens(client: httpx.AsyncClient, server: Server) -> list[int]:
+    """Token ids of the licence's text."""
     body = {"model": server.model, "prompt": TEXT.read_text(), "add_special_tokens": False}
-    response = await client.post(
-        server.url + "/tokenize", json=body | {"return_token_strs": False}, headers=server.headers
-    )
-    ids = response.raise_for_status().json()["tokens"]
-    return [(ids[37 * i % 600 :] + ids)[:n] for i, n in enumerate(lengths(num, longest))]
+    response = await client.post(server.url + "/tokenize", json=body, headers=server.headers)
+    return response.raise_for_status().json()["tokens"]
+
+
+def prompts(text: list[int], name: str, num: int, longest: int) -> list[list[int]]:
+    """Cut prompts from the text, each from another place and different for each run: no cache may answer."""
+    first = zlib.crc32(name.encode())
+    return [(text[(first + 37 * i) % 600 :] + text)[:n] for i, n in enumerate(lengths(num, longest))]
 
 
 async def answer(client: httpx.AsyncClient, server: Server, prompt: list[int], body: dict[str, object]) -> list[int]:
@@ -73,9 +77,10 @@ async def run(server: Server, num_prompts: int, num_tokens: int, longest: int = 
     """All modes at both concurrencies, in the same order on every server."""
     answers: Answers = {}
     async with httpx.AsyncClient(timeout=900) as client:
-        ids = await prompts(client, server, num_prompts, longest)
+        text = await tokens(client, server)
         for mode, params in MODES.items():
             for concurrency in (1, 4):
+                ids = prompts(text, f"{mode}/c{concurrency}", num_prompts, longest)
                 start, name = time.monotonic(), f"{mode}/c{concurrency}"
                 body = {"max_tokens": num_tokens, **params}
                 answers[name] = await answer_all(client, server, ids, body, concurrency)

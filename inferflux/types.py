@@ -350,14 +350,10 @@ def frame_from_proto(delta: decode_pb.Delta) -> Frame:
     choices = tuple(ChoiceTokens(c.index, tuple(c.token_ids), c.text) for c in delta.choices)
     head = HttpHead.from_proto(delta.head) if delta.HasField("head") else None
     end = end_from_proto(delta.end) if delta.HasField("end") else None
-    kv = tuple(
-        KvReport(
-            k.ticket_id,
-            KV_RESULT_FROM_PROTO[k.result],
-            k.reason,
-            k.num_bytes,
-            k.transfer_time.ToTimedelta().total_seconds(),
-        )
-        for k in delta.kv
-    )
-    return Frame(head, delta.data, choices, kv, end)
+    return Frame(head, delta.data, choices, tuple(map(kv_from_proto, delta.kv)), end)
+
+
+def kv_from_proto(message: decode_pb.KvReport) -> KvReport:
+    """Convert the outcome of one ticket."""
+    result, transfer_s = KV_RESULT_FROM_PROTO[message.result], message.transfer_time.ToTimedelta().total_seconds()
+    return KvReport(message.ticket_id, result, message.reason, message.num_bytes, transfer_s)

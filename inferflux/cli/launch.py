@@ -47,12 +47,16 @@ def start_supervisor(home: Home, options: ClusterOptions, *, detach: bool) -> su
 
 
 def wait_until_ready(
-    home: Home, supervisor: subprocess.Popen[bytes], on_status: Callable[[Processes], None]
+    home: Home, supervisor: subprocess.Popen[bytes], on_status: Callable[[Processes], None], check: Callable[[], None]
 ) -> dict[str, Any]:
-    """Wait until every process is ready; returns the last status. Raises CliError when that will not happen."""
+    """Wait until every process is ready; returns the last status. Raises CliError when that will not happen.
+
+    `check` is called again and again and may raise.
+    """
     deadline = time.monotonic() + READY_S
     began_at = time.monotonic()
     while time.monotonic() < deadline:
+        check()
         if supervisor.poll() is not None:
             raise CliError(f"the supervisor ended: {last_message(home, 'supervisor')}")
         with suppress(control.NotRunning):

@@ -56,7 +56,7 @@ Output = Annotated[Format, typer.Option("-o", "--output", help="How to print the
 Prompt = Annotated[Optional[str], typer.Argument(help="Text; read from stdin when missing.")]  # noqa: UP045 - typer
 ModelName = Annotated[Optional[str], typer.Option("--model", help="Default: the first one served.")]  # noqa: UP045
 MaxTokens = Annotated[Optional[int], typer.Option("--max-tokens", min=1)]  # noqa: UP045
-Temperature = Annotated[Optional[float], typer.Option("--temperature", min=0.0)]  # noqa: UP045
+Temperature = Annotated[float, typer.Option("--temperature", min=0.0, help="0: the likeliest answer each time.")]
 NoStream = Annotated[bool, typer.Option("--no-stream", help="Print the answer when it is complete.")]
 Local = Annotated[bool, typer.Option("--local", help="Use the operator's certificate of this home, not a key.")]
 
@@ -108,7 +108,7 @@ def chat(
     interactive: Annotated[bool, typer.Option("--interactive", "-i", help="Keep talking.")] = False,
     model: ModelName = None,
     max_tokens: MaxTokens = None,
-    temperature: Temperature = None,
+    temperature: Temperature = 0.0,
     no_stream: NoStream = False,
     output: Output = Format.TABLE,
 ) -> None:
@@ -127,7 +127,7 @@ def completion(
     prompt: Prompt = None,
     model: ModelName = None,
     max_tokens: MaxTokens = None,
-    temperature: Temperature = None,
+    temperature: Temperature = 0.0,
     no_stream: NoStream = False,
     output: Output = Format.TABLE,
 ) -> None:

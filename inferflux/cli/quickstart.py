@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
-import signal
+import select
+import shutil
 import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager
+import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from inferflux.cli import control, launch, preflight
 from inferflux.cli.failure import CliError, Exit
+from inferflux.cli.interrupts import Interrupts
 from inferflux.cli.output import Format, note, print_json
 from inferflux.cli.plan import ClusterOptions
 from inferflux.cli.progress import Steps
@@ -30,12 +32,14 @@ def quickstart(options: ClusterOptions, model: str | None, *, detach: bool, outp
         if running is not None:
             tell_running(running, output)
             return
-        with terminating_signals():
-            supervisor = start(home, options, model, detach=detach, output=output)
-            if not detach:
-                stay(home, supervisor)
+        with Interrupts() as interrupts:
+            prepared = prepare(options, model)
+            with interrupts.deferred():
+                run(home, prepared, interrupts, detach=detach, output=output)
     except InferfluxError as e:
         raise CliError(e.message) from e
+    except KeyboardInterrupt:
+        raise CliError("interrupted", Exit.INTERRUPTED) from None
 
 
 def find_running(home: Home) -> dict[str, Any] | None:
@@ -58,40 +62,31 @@ def tell_running(status: dict[str, Any], output: Format) -> None:
     note("  `inferctl server stop` stops them")
 
 
-def start(
-    home: Home, options: ClusterOptions, model: str | None, *, detach: bool, output: Format
-) -> subprocess.Popen[bytes]:
-    """Check, prepare, start and wait; when anything goes wrong, nothing is left running."""
+def prepare(options: ClusterOptions, model: str | None) -> ClusterOptions:
+    """Check what can be checked before anything starts, and get the model ready."""
     preflight.check_engine(options.engine)
     if options.port == 0:
         options = replace(options, port=preflight.free_port(options.host))
     preflight.check_port(options.host, options.port)
-    with Steps() as steps:
-        options = prepare(options, model, steps)
-        supervisor = launch.start_supervisor(home, options, detach=detach)
-        try:
-            status = launch.wait_until_ready(home, supervisor, lambda processes: show(processes, steps))
-            secret = create_first_key(home)
-        except BaseException:
-            end(supervisor)
-            raise
-    welcome(options, status, secret, detach=detach, output=output)
-    return supervisor
-
-
-def prepare(options: ClusterOptions, model: str | None, steps: Steps) -> ClusterOptions:
-    """Get the model ready and check that all fits into memory."""
+    preflight.check_memory(options, 0, os.environ)  # before a download that would be in vain
     if options.engine == "sim":
         note(SIMULATOR)
-        options = replace(options, model=model or "sim")
-        preflight.check_memory(options, 0, os.environ)
-        return options
+        return replace(options, model=model or "sim")
+    return prepare_model(options, model)
+
+
+def prepare_model(options: ClusterOptions, model: str | None) -> ClusterOptions:
+    """Download, convert or just check the model, and check that it fits into memory."""
     from inferflux.cli import models  # noqa: PLC0415 - not for the simulator
 
-    preflight.check_memory(options, 0, os.environ)  # before a download that would be in vain
-    available = preflight.available_bytes()
-    prepared = models.prepare(model or models.DEFAULT, models_dir(os.environ), steps.update, available_bytes=available)
-    steps.finish_all()
+    with Steps() as steps:
+        prepared = models.prepare(
+            model or models.DEFAULT,
+            models_dir(os.environ),
+            steps.update,
+            available_bytes=preflight.available_bytes(),
+        )
+        steps.finish_all()
     preflight.check_memory(options, prepared.num_weight_bytes, os.environ)
     return replace(
         options,
@@ -100,6 +95,25 @@ def prepare(options: ClusterOptions, model: str | None, steps: Steps) -> Cluster
         model_digest=prepared.weights_digest,
         numerics_reference=str(prepared.reference),
     )
+
+
+def run(home: Home, options: ClusterOptions, interrupts: Interrupts, *, detach: bool, output: Format) -> None:
+    """Start all processes, welcome the user and stay, unless detached. A failed start leaves nothing running."""
+    supervisor = launch.start_supervisor(home, options, detach=detach)
+    try:
+        with Steps() as steps:
+            status = launch.wait_until_ready(
+                home, supervisor, lambda processes: show(processes, steps), interrupts.check
+            )
+        secret = create_first_key(home)
+    except BaseException:
+        if not interrupts.num_received:
+            supervisor.terminate()
+        wait_for_end(supervisor, interrupts)
+        raise
+    welcome(options, status, secret, detach=detach, output=output)
+    if not detach:
+        stay(home, supervisor, interrupts)
 
 
 def show(processes: launch.Processes, steps: Steps) -> None:
@@ -130,60 +144,54 @@ def welcome(
     if output is Format.JSON:
         print_json({"url": options.url, "api_key": secret, "detached": detach, **status})
         return
-    key = secret or "YOUR_KEY"
+    key, inferctl = secret or "YOUR_KEY", command()
     note(f"\n{options.model} is served at {options.url}/v1")
     if secret:
         note(f"API key (shown only now): {secret}")
     else:
-        note("API keys: those you have; `inferctl admin api-keys create NAME --local` makes another")
+        note(f"API keys: those you have; `{inferctl} admin api-keys create NAME --local` makes another")
     note(f"""
 Try:
   export INFERCTL_API_KEY={key}
-  inferctl chat "What is the capital of France?"
+  {inferctl} chat "What is the capital of France?"
   curl {options.url}/v1/chat/completions -H "Authorization: Bearer $INFERCTL_API_KEY" \\
     -H 'Content-Type: application/json' \\
     -d '{{"model": "{options.model}", "messages": [{{"role": "user", "content": "Hello!"}}]}}'
 """)
-    note("`inferctl server stop` stops it." if detach else "Ctrl-C stops it.")
+    note(f"`{inferctl} server stop` stops it." if detach else "Ctrl-C stops it.")
     if options.engine == "sim":
         note(SIMULATOR)
 
 
-def stay(home: Home, supervisor: subprocess.Popen[bytes]) -> None:
+def command() -> str:
+    """How the user can call inferctl from where they are."""
+    if shutil.which("inferctl"):
+        return "inferctl"
+    path = Path(sys.argv[0]).absolute()
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+def stay(home: Home, supervisor: subprocess.Popen[bytes], interrupts: Interrupts) -> None:
     """Wait for the end of the cluster; a signal stops it in order, a second one at once."""
-    try:
-        supervisor.wait()
-    except KeyboardInterrupt:
-        note("stopping (again to kill)")
-        end(supervisor)
+    wait_for_end(supervisor, interrupts)
+    if interrupts.num_received or supervisor.returncode == 0:
         note("stopped")
-        return
-    if supervisor.returncode != 0:
+    else:
         raise CliError(f"the supervisor ended unexpectedly ({supervisor.returncode})", hint=f"see {home.logs}")
 
 
-def end(supervisor: subprocess.Popen[bytes]) -> None:
-    """Stop the supervisor and wait for it; further signals are passed on."""
+def wait_for_end(supervisor: subprocess.Popen[bytes], interrupts: Interrupts) -> None:
+    """Wait for the end of the supervisor, passing on to it whatever asks us to stop."""
+    pidfd = os.pidfd_open(supervisor.pid)
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    poll.register(interrupts.fd, select.POLLIN)
+    num_passed = 0
     while supervisor.poll() is None:
-        try:
-            supervisor.send_signal(signal.SIGTERM)
-            supervisor.wait()
-        except KeyboardInterrupt:
-            continue
-
-
-@contextmanager
-def terminating_signals() -> Iterator[None]:
-    """Treat SIGTERM and a closed terminal as Ctrl-C inside the block."""
-
-    def interrupt(_number: int, _frame: object) -> None:
-        raise KeyboardInterrupt
-
-    before = {n: signal.signal(n, interrupt) for n in (signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    except KeyboardInterrupt:
-        raise CliError("interrupted", Exit.INTERRUPTED) from None
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        while num_passed < interrupts.num_received:
+            note("stopping at once" if num_passed else "stopping; again to kill")
+            supervisor.terminate()
+            num_passed += 1
+        poll.poll()
+        interrupts.clear_fd()
+    os.close(pidfd)

@@ -91,6 +91,7 @@ class Supervisor:
             await asyncio.sleep(READY_POLL_S)
 
     async def _stop_all(self) -> None:
+        _log.info("stopping")
         for roles in STOP_ORDER:
             await asyncio.gather(*(child.stop(self._grace_s) for child in self._of_roles(*roles)))
 

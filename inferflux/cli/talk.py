@@ -20,11 +20,11 @@ Message = dict[str, str]
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """What the user chose; None = the model's default."""
+    """What the user chose; None = the server's default."""
 
     model: str | None = None
     max_tokens: int | None = None
-    temperature: float | None = None
+    temperature: float = 0.0
     is_streamed: bool = True
 
     def body(self, api: Api) -> dict[str, Any]:

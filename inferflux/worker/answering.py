@@ -13,7 +13,7 @@ from contextlib import aclosing
 from dataclasses import dataclass
 
 from inferflux.engine.base import KvSource
-from inferflux.errors import Draining, InferfluxError, Internal
+from inferflux.errors import Draining, InferfluxError, Internal, WorkerLost
 from inferflux.telemetry import logs, metrics, tracing
 from inferflux.types import ChoiceTokens, End, ErrorDetail, Frame, HttpCall, KvReport, PrefilledPrompt, RequestContext
 from inferflux.worker.deadline import deadline
@@ -22,6 +22,8 @@ from inferflux.worker.sources import TicketGate
 from inferflux.worker.worker import Worker
 
 _log = logging.getLogger(__name__)
+BY_GATEWAY = "by gateway"
+"""The cancel message of a task whose gateway wants nothing more."""
 Post = Callable[[Frame], Awaitable[None]]
 
 
@@ -48,8 +50,8 @@ class Answerer:
         try:
             with RequestRecord(self._worker.role, request.call.path) as record:
                 await self._run(request, record, post)
-        except asyncio.CancelledError:
-            end(self._cancelled())
+        except asyncio.CancelledError as e:
+            end(End("abort") if e.args == (BY_GATEWAY,) else self._stopped())
             raise
         except Exception as e:  # noqa: BLE001 - the border of a request: it must end, and say nothing it should not
             end(_failed(_presentable(e)))
@@ -84,11 +86,10 @@ class Answerer:
         if not sources:
             metrics.TOKENS.labels("prompt", model).inc(last.end.usage.prompt_tokens)
 
-    def _cancelled(self) -> End:
-        """Nobody but a drain whose budget is used up cancels what a gateway still waits for."""
-        if self._worker.lifecycle.draining.is_set():
-            return _failed(Draining("the worker had to stop before the request was done"))
-        return End("abort")
+    def _stopped(self) -> End:
+        """The gateway still waits for the rest: what it has must not pass for a whole response."""
+        is_draining = self._worker.lifecycle.draining.is_set()
+        return _failed((Draining if is_draining else WorkerLost)("the worker stopped before the request was done"))
 
 
 def _noted(frame: Frame, record: RequestRecord, span: tracing.Span, model: str) -> Frame:

@@ -108,7 +108,7 @@ class WorkerProcess:
             address = await server.start()
             try:
                 tasks.spawn(part.run(), "part")
-                tasks.spawn(_watch(worker), "engine-watch")
+                tasks.spawn(watch(worker), "engine-watch")
                 async with _registered(worker, address, identity, tasks) as announce:
                     await _prove(worker)
                     announce()
@@ -192,7 +192,7 @@ async def _prove(worker: Worker) -> None:
         worker.lifecycle.set_ready()
 
 
-async def _watch(worker: Worker) -> None:
+async def watch(worker: Worker) -> None:
     """Fail readiness while the engine is wedged, and the process when the engine is dead: it will not come back."""
     progress = Progress(SystemClock(), worker.settings.wedge_s)
     objection: str | None = None

@@ -16,7 +16,7 @@ from inferflux.errors import InvalidRequest
 from inferflux.process import Tasks
 from inferflux.telemetry import metrics
 from inferflux.types import Frame, Pulse
-from inferflux.worker.answering import Answerer, DecodeRequest
+from inferflux.worker.answering import BY_GATEWAY, Answerer, DecodeRequest
 from inferflux.worker.leases import GRACE_S, SessionLeases
 
 PULSE_S = 0.25
@@ -24,7 +24,7 @@ PULSE_S = 0.25
 MAX_SETTLE_TURNS = 8
 # A gateway that reads too slowly stops its own requests here, not the engine's other ones.
 MAX_OUTBOX_BYTES = 4 << 20
-CANCEL_REASONS = ("disconnected", "deadline", "moved", "closed", "lost")
+CANCEL_REASONS = ("disconnected", "deadline", "moved", "closed", "lost")  # bounded: gateways choose the text
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,13 +102,14 @@ class Session:
         """Stop a request; its last frame says so. Unknown handles are ignored."""
         if (task := self._requests.get(handle)) is not None:
             metrics.CANCELLED.labels(why if why in CANCEL_REASONS else "other").inc()
-            task.cancel()
+            task.cancel(BY_GATEWAY)
 
     async def close(self, why: str) -> None:
         """Cancel all requests and end the stream after their last frames. Idempotent."""
         requests = list(self._requests.values())
-        for handle in tuple(self._requests):
-            self.cancel(handle, why)
+        for task in requests:
+            metrics.CANCELLED.labels(why).inc()
+            task.cancel()
         await asyncio.gather(*requests, return_exceptions=True)
         self.is_closed = True
         self.wake()

@@ -33,7 +33,9 @@ class Account:
     @property
     def phase(self) -> Phase:
         """Where the request is."""
-        return self.call.phase if self.call is not None else Phase.READING
+        if self.call is None:
+            return Phase.READING
+        return Phase.STREAM if self._reply.has_started else self.call.phase
 
     def close(self, *, is_gone: bool = False) -> None:
         """Write everything down. `is_gone`: the client left before the end."""
@@ -73,7 +75,7 @@ class Account:
                 "tenant": call.principal.tenant,
                 "key_id": call.principal.key_id,
                 "model": call.model,
-                "phase": call.phase.value,
+                "phase": self.phase.value,
                 "prefill": call.prefill_worker,
                 "decode": call.decode_worker,
                 "prompt_tokens": call.usage.prompt_tokens,

@@ -44,11 +44,8 @@ async def walk(call: Call, route: Route, reply: Reply) -> None:
             return
         call.phase, call.decode_worker = Phase.DECODE, route.decode.worker_id
         with prompts as tickets, call.span("decode") as span, route.decode.start(call, span, tickets) as stream:
-            async for data in stream:
-                call.phase = Phase.STREAM
-                await reply.write(stream.head, data)
+            await stream.relay(reply)
             call.usage = stream.usage
-            await reply.finish(stream.head)
 
 
 async def prefill(call: Call, route: Route) -> Tickets | HttpAnswer:

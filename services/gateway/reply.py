@@ -7,6 +7,7 @@ Event streams then flow byte for byte; every other response is sent as one piece
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 from inferflux.errors import InferfluxError, Internal
 from inferflux.types import HttpAnswer, HttpHead
@@ -55,6 +56,21 @@ class Reply:
             await self.write(head, data)
         else:
             self._held.append(data)
+
+    def write_now(self, data: bytes) -> bool:
+        """Write the next bytes of an event stream unless that would have to wait for the client; tells whether it did.
+
+        Drives the server's `send` by hand: it waits, if at all, before it writes anything. A tenth of the cost of a
+        token, since the request's own task need not wake up for it.
+        """
+        sending: Any = self._send({"type": "http.response.body", "body": data, "more_body": True})
+        try:
+            sending.send(None)
+        except StopIteration:
+            self.num_bytes += len(data)
+            return True
+        sending.close()
+        return False
 
     async def finish(self, head: HttpHead | None) -> None:
         """End the response of a worker that has sent everything. Raises Internal when that is nothing."""

@@ -10,6 +10,7 @@ told to drop what it may still compute for them.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import deque
 from collections.abc import Callable
 from itertools import count
@@ -23,48 +24,52 @@ from inferflux.errors import InferfluxError, Internal, SlowConsumer, WorkerLost
 from inferflux.rpc.client import error_of
 from inferflux.telemetry import metrics
 from inferflux.telemetry.tracing import Span
-from inferflux.types import End, HttpHead, KvReport, Role, Usage, frame_from_proto
+from inferflux.types import End, HttpHead, KvReport, Role, Usage, end_from_proto, kv_from_proto
 from inferflux.v1 import decode_service_pb2 as pb
 from inferflux.v1.decode_service_pb2_grpc import DecodeServiceStub
 from services.gateway.call import Call
 from services.gateway.heart import Heart
 from services.gateway.link import Link
 from services.gateway.prefill import Tickets
+from services.gateway.reply import Reply
 from services.gateway.views import Worker
 
 OnKv = Callable[[KvReport], None]
+_log = logging.getLogger(__name__)
 
 
 class TokenStream:
-    """One request's response as it arrives: iterate for its bytes. `head` is set before the first, `end` after them.
+    """One request's response as it arrives. Use it in a `with` block: leaving it early tells the worker to stop.
 
-    Use it in a `with` block: leaving the block early tells the worker to stop. Bytes that arrived together come as one.
-    Iteration raises WorkerLost, SlowConsumer, or the error that the worker reported.
+    `relay` passes the response on. While it waits, bytes go to the client as they come in; what comes while the client
+    is slow waits here, and goes as one piece.
     """
 
     __slots__ = (
         "_chunks",
+        "_end",
         "_error",
+        "_head",
         "_last_at",
         "_num_waiting",
         "_on_kv",
+        "_reply",
         "_session",
         "_waiter",
-        "end",
         "handle",
-        "head",
     )
 
     def __init__(self, session: DecodeSession, handle: int, on_kv: OnKv) -> None:
         self.handle = handle
-        self.head: HttpHead | None = None
-        self.end: End | None = None
         self._session = session
         self._on_kv = on_kv
+        self._reply: Reply | None = None
+        self._head: HttpHead | None = None
+        self._end: End | None = None
+        self._error: InferfluxError | None = None
         self._chunks: list[bytes] = []
         self._num_waiting = 0
         self._last_at = 0.0
-        self._error: InferfluxError | None = None
         self._waiter: asyncio.Future[None] | None = None
 
     def __enter__(self) -> Self:
@@ -78,64 +83,70 @@ class TokenStream:
     @property
     def usage(self) -> Usage:
         """What the request cost, once it is over."""
-        return self.end.usage if self.end is not None else Usage()
+        return self._end.usage if self._end is not None else Usage()
 
-    def __aiter__(self) -> Self:
-        return self
-
-    async def __anext__(self) -> bytes:
-        while not self._chunks:
-            if self._error is not None:
-                raise self._error
-            if self.end is not None:
-                raise StopAsyncIteration
-            self._waiter = self._session.loop.create_future()
-            await self._waiter
-        chunks = self._chunks
-        self._chunks = []
-        self._num_waiting = 0
-        return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+    async def relay(self, reply: Reply) -> None:
+        """Pass the whole response on. Raises WorkerLost, SlowConsumer, or the error that the worker reported."""
+        while await self._has_data():
+            chunks, self._chunks, self._num_waiting = self._chunks, [], 0
+            await reply.write(self._head, b"".join(chunks))
+            self._reply = reply if reply.is_streaming else None
+        await reply.finish(self._head)
 
     def feed(self, delta: pb.Delta, now: float) -> None:
         """Take what the worker sent. `now` is the same for a whole batch."""
         if data := delta.data:
-            if self._num_waiting > self._session.max_buffered_bytes:
-                self.fail(SlowConsumer(f"the client left {self._num_waiting} bytes of the response waiting"))
-                return
-            self._chunks.append(data)
-            self._num_waiting += len(data)
             if self._last_at:
                 self._session.gaps.observe(now - self._last_at)
             self._last_at = now
+            # Its reader waits, so nothing is before these bytes.
+            if self._reply is None or self._waiter is None or not self._reply.write_now(data):
+                self._keep(data)
         # Per request rather than per token, and cheap to rule out.
         if delta.HasField("head") or delta.kv or delta.HasField("end"):
             self._feed_rest(delta)
-        self._wake()
 
     def fail(self, error: InferfluxError) -> None:
-        """End the stream; what is buffered is still delivered, unless its reader is the problem."""
+        """End the stream; what is kept is still delivered, unless its reader is the problem."""
         if isinstance(error, SlowConsumer):
             self._chunks.clear()
         self._error = self._error or error
         self._wake()
 
+    async def _has_data(self) -> bool:
+        while not self._chunks:
+            if self._error is not None:
+                raise self._error
+            if self._end is not None:
+                return False
+            self._waiter = self._session.loop.create_future()
+            await self._waiter
+        return True
+
+    def _keep(self, data: bytes) -> None:
+        if self._num_waiting > self._session.max_buffered_bytes:
+            self.fail(SlowConsumer(f"the client left {self._num_waiting} bytes of the response waiting"))
+            return
+        self._chunks.append(data)
+        self._num_waiting += len(data)
+        self._wake()
+
     def _feed_rest(self, delta: pb.Delta) -> None:
-        frame = frame_from_proto(delta)
-        self.head = frame.head or self.head
-        for report in frame.kv:
-            self._on_kv(report)
-        if frame.end is not None:
+        if delta.HasField("head"):
+            self._head = HttpHead.from_proto(delta.head)
+        for report in delta.kv:
+            self._on_kv(kv_from_proto(report))
+        if delta.HasField("end"):
             self._session.forget(self)
-            if (error := frame.end.error) is not None:
+            self._end = end_from_proto(delta.end)
+            if (error := self._end.error) is not None:
                 self.fail(error_of(error.reason, error.message))
-            self.end = frame.end
+            self._wake()
 
     def _wake(self) -> None:
-        waiter = self._waiter
-        if waiter is not None:
-            self._waiter = None
-            if not waiter.done():
-                waiter.set_result(None)
+        waiter, self._waiter = self._waiter, None
+        if waiter is not None and not waiter.done():
+            waiter.set_result(None)
 
 
 class DecodeSession(Link):
@@ -226,8 +237,9 @@ class DecodeSession(Link):
             if stream is not None:
                 try:
                     stream.feed(delta, now)
-                except (KeyError, ValueError):
-                    stream.fail(Internal("the decode worker sent a message that makes no sense"))
+                except Exception as e:  # noqa: BLE001 - one request's trouble must not end the others'
+                    _log.error("delta not taken", exc_info=e, extra={"worker": self.worker_id})
+                    stream.fail(Internal("internal error"))
         if batch.HasField("pulse"):
             self._take_pulse(batch.pulse)
             self._abandoned.clear()

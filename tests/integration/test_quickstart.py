@@ -28,6 +28,8 @@ from tests.support.cluster import (
     read_document,
 )
 
+# Several starts of a whole cluster in one test, on a machine that may be busy.
+pytestmark = pytest.mark.timeout(180)
 ROLES = ["redis", "policy", "registry", "prefill", "decode", "gateway"]
 QUICKSTART = ("quickstart", "--engine", "sim", "--port", "0", "-o", "json")
 

@@ -30,7 +30,7 @@ from inferflux.v1.decode_service_pb2_grpc import DecodeServiceStub
 from inferflux.v1.prefill_service_pb2_grpc import PrefillServiceStub
 from inferflux.v1.registry_service_pb2_grpc import RegistryServiceStub
 from inferflux.v1.worker_admin_service_pb2_grpc import WorkerAdminServiceStub
-from tests.support.leaks import unfinished_tasks
+from tests.support.leaks import Traces, unfinished_tasks
 from tests.support.redis_server import RedisServer
 from tests.support.service import Service, Watcher, temporary_home, until
 from tests.support.small_gateway import SmallGateway, completion, context, tickets
@@ -245,8 +245,7 @@ async def test_a_session_that_makes_no_sense_is_refused(workers: Workers, comman
         for command in commands:
             await call.write(command)
         with pytest.raises(InvalidRequest), translated_errors():
-            while await call.read() is not grpc.aio.EOF:
-                pass
+            await _read_to_its_end(call)
 
 
 # --- leaving early ----------------------------------------------------------------------------------------------------
@@ -275,6 +274,11 @@ async def test_prefills_cancelled_at_any_moment_leave_nothing(workers: Workers) 
     assert counts.num_issued == counts.num_released + counts.num_expired
 
 
+async def _read_to_its_end(call: Any) -> None:
+    while await call.read() is not grpc.aio.EOF:
+        pass
+
+
 async def _settled(call: Any) -> None:
     with suppress(asyncio.CancelledError, grpc.aio.AioRpcError):
         await call
@@ -291,6 +295,16 @@ async def test_tickets_of_a_watch_that_is_lost_expire_after_the_grace(workers: W
         await workers.until_clean()
 
     assert 2.5 < time.monotonic() - lost_at < 8
+    assert (await workers.tickets()).num_expired == before.num_expired + 1
+
+
+async def test_tickets_of_a_session_that_never_watches_expire_after_the_grace(workers: Workers) -> None:
+    before = await workers.tickets()
+    async with SmallGateway.to(workers.prefill, workers.decode, "never-watches") as gateway:
+        await gateway.prefill(completion(prompt()))
+
+        await workers.until_clean()
+
     assert (await workers.tickets()).num_expired == before.num_expired + 1
 
 
@@ -369,13 +383,13 @@ async def test_a_restarted_worker_does_not_honour_the_tickets_of_its_last_life(o
 
 
 async def test_a_killed_worker_leaves_no_files_in_shared_memory(own: Workers) -> None:
-    before = set(os.listdir("/dev/shm"))
+    before = Traces.now().shm
     async with SmallGateway.to(own.prefill, own.decode) as gateway:
         await gateway.prefill(completion(prompt()))
 
     own.prefill.kill()
 
-    assert set(os.listdir("/dev/shm")) <= before
+    assert Traces.now().shm <= before
 
 
 # --- draining ---------------------------------------------------------------------------------------------------------
@@ -502,6 +516,7 @@ async def test_workers_register_announce_their_drain_and_leave(workers: Workers)
 
         async with SmallGateway.to(workers.prefill, worker) as gateway:
             answer = await (await gateway.session()).start(completion(prompt(), max_tokens=500))
+            await until(lambda: len(answer.token_ids) > 2)
             os.kill(worker.pid, signal.SIGTERM)
             await watcher.until(lambda s: state_of(s) == types_pb2.WORKER_STATE_DRAINING)
             assert (await answer.wait()).end.error is None

@@ -19,6 +19,7 @@ from inferflux.cli.warm import Forked, WarmStarter
 from inferflux.paths import Home
 from tests.support.cluster import assert_nothing_runs, environment, new_home, processes_of
 
+pytestmark = pytest.mark.timeout(120)
 MODULES = ("inferflux.worker.main",)
 
 

@@ -157,7 +157,7 @@ class SmallGateway:
         async def read() -> None:
             with suppress(asyncio.CancelledError, grpc.aio.AioRpcError):
                 async for message in call:
-                    pulses.append(Pulse.from_proto(message.pulse))
+                    pulses.append(Pulse.from_proto(message.pulse))  # noqa: PERF401 - it never ends
 
         reader = asyncio.create_task(read())
         try:

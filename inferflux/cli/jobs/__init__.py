@@ -49,7 +49,7 @@ def start(command: list[str], stderr: IO[bytes], **env: str) -> subprocess.Popen
         stdout=subprocess.PIPE,
         stderr=stderr,
         text=True,
-        preexec_fn=die_with_parent(),  # noqa: PLW1509 - inferctl has one thread
+        preexec_fn=die_with_parent(),  # noqa: PLW1509 - all it does is two system calls
     )
 
 

@@ -136,6 +136,7 @@ class SimEngine(Engine):
             self._steps.cancel()
             with suppress(asyncio.CancelledError, Exception):
                 await self._steps
+        self._scheduler.stop()  # a loop that was cancelled before its first turn could not
         self._hydrator.close()
 
     # Jobs

@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 from inferflux.engine.base import KvSource
 from inferflux.engine.sim.kv import KvCache
@@ -34,8 +35,8 @@ class Hydrator:
 
         Its result says how it went; KvErrors are reported, not raised.
         """
-        work = self._load, source, num_tokens, tuple(blocks), first
-        return asyncio.get_running_loop().run_in_executor(self._threads, *work)
+        work = partial(self._load, source, num_tokens, tuple(blocks), first)
+        return asyncio.get_running_loop().run_in_executor(self._threads, work)
 
     def close(self) -> None:
         """Wait for the copies that run and forget all arenas. Idempotent."""

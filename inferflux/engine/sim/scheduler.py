@@ -85,8 +85,7 @@ class Scheduler:
             logger.exception("the sim engine's step loop failed")
             raise
         finally:
-            self.is_alive = False
-            self._fail_all()
+            self.stop()
 
     async def _step(self) -> None:
         self._admit()
@@ -231,6 +230,8 @@ class Scheduler:
         self.abort(job)
         job.emit(error)
 
-    def _fail_all(self) -> None:
+    def stop(self) -> None:
+        """Fail every job and take no more. Idempotent."""
+        self.is_alive = False
         for job in (*self._waiting, *self._loading, *self._running):
             self._fail(job, WorkerLost("the engine is dead"))

@@ -255,19 +255,31 @@ async def test_a_cancelled_prefill_frees_its_slots(tmp_path: Path) -> None:
         assert prefill.load().num_free_blocks == prefill.load().num_blocks
 
 
-async def test_published_slots_hold_nothing_of_their_last_holder(tmp_path: Path) -> None:
+async def test_published_slots_hold_nothing_of_their_last_holder() -> None:
     """The end of a partly filled block could otherwise carry another tenant's KV."""
-    async with pair(tmp_path) as (prefill, _, arena):
-        long = await prefill.prefill(CONTEXT, call(prompt="x" * 200))
-        arena.free(long.prompts[0].kv.slots)
-
-        result = await prefill.prefill(RequestContext("r-2", cache_salt="other"), call(prompt="y" * 17))
+    arena = Arena.create(16 * 16384)
+    async with running(replace(OPTIONS, role=Role.PREFILL, kv_cache_bytes=3 * 16384), arena) as prefill:
+        for text, salt in (("x" * 39, "mine"), ("y" * 17, "theirs")):
+            result = await prefill.prefill(RequestContext("r-2", cache_salt=salt), call(prompt=text))
+            arena.free(result.prompts[0].kv.slots)
 
         last = arena.slot(result.prompts[0].kv.slots[-1])
         entry_bytes = arena.slot_bytes // 16
         assert last[:entry_bytes].any()
         assert not last[entry_bytes:].any()
-        arena.free(result.prompts[0].kv.slots)
+    arena.close()
+
+
+async def test_what_blocks_held_before_changes_nothing() -> None:
+    """Also for further choices, which get their own copy of the prompt's last block."""
+    two = call(n=2, prompt="x" * 21)
+    async with running() as fresh, running(replace(OPTIONS, kv_cache_bytes=8 * 16384)) as used:
+        for i in range(8):
+            await frames_of(used, call(prompt=str(i) * 60))
+
+        from_used, from_fresh = await frames_of(used, two), await frames_of(fresh, two)
+
+        assert [tokens(from_used, i) for i in (0, 1)] == [tokens(from_fresh, i) for i in (0, 1)]
 
 
 # --- scheduling -------------------------------------------------------------------------------------------------------

@@ -14,12 +14,13 @@ import pytest
 
 from inferflux.engine import create
 from inferflux.engine.base import Engine
-from inferflux.errors import InvalidRequest
+from inferflux.errors import InvalidRequest, WorkerLost
 from inferflux.lifecycle import Lifecycle
 from inferflux.process import Tasks
 from inferflux.types import End, Frame, HttpCall, PrefilledPrompt, RequestContext, Role, SignedTicket
 from inferflux.worker.answering import Answerer, DecodeRequest
 from inferflux.worker.drain import Drain
+from inferflux.worker.main import watch
 from inferflux.worker.sessions import Batch, Session, Sessions
 from inferflux.worker.settings import WorkerSettings
 from inferflux.worker.work import Work
@@ -222,17 +223,42 @@ async def test_closing_a_draining_session_ends_its_requests_retryably_and_then_t
         assert (reader.end().error.reason, reader.end().error.is_retryable) == ("DRAINING", True)
 
 
-class BrokenEngine(Engine):
-    """Fails in the ways a real engine's application could."""
+async def test_a_worker_that_fails_ends_its_requests_with_an_error_not_as_if_they_were_complete() -> None:
+    async with a_worker() as worker:
+        async with Tasks() as tasks:
+            session = Sessions(Answerer(worker), tasks, worker.pulse).open("s")
+            session.start(request(max_tokens=3000))
+            await until(lambda: worker.engine.load().num_running == 1)
+
+        _, last = session.take()[-1]
+        assert last.end is not None
+        assert (last.end.error.reason, last.end.error.is_retryable) == ("WORKER_LOST", True)
+
+
+async def test_the_death_of_the_engine_ends_the_worker() -> None:
+    async with a_worker() as worker:
+        await worker.engine.close()
+
+        with pytest.raises(WorkerLost):
+            await watch(worker)
+
+
+class OddEngine(Engine):
+    """Generates nothing, in the ways a real engine's application could."""
 
     def __init__(self, engine: Engine, how: str) -> None:
         self._engine = engine
         self._how = how
 
-    async def generate(self, *args: Any) -> AsyncGenerator[Frame]:  # type: ignore[override]
+    async def generate(self, context: RequestContext, *args: Any) -> AsyncGenerator[Frame]:  # type: ignore[override]
         if self._how == "raises":
             raise ValueError("prompt text: my password is hunter2")
         if self._how == "ends":
+            return
+        if self._how == "late":
+            for _ in range(int(context.request_id.removeprefix("r-")) % 4):
+                await asyncio.sleep(0)
+            yield Frame(end=End("stop"))
             return
         yield Frame()
 
@@ -242,21 +268,37 @@ class BrokenEngine(Engine):
         return self._engine.load()
 
 
+@asynccontextmanager
+async def oddly_serving(how: str) -> AsyncIterator[Session]:
+    async with a_worker() as worker, Tasks() as tasks:
+        odd = replace(worker, engine=OddEngine(worker.engine, how))
+        sessions = Sessions(Answerer(odd), tasks, odd.pulse)
+        yield sessions.open("s")
+        await sessions.close("drained")
+
+
+async def test_what_reaches_its_requests_a_few_turns_later_still_travels_together() -> None:
+    """An application passes what one engine step produced through several layers."""
+    async with oddly_serving("late") as session, Reader(session).reading() as reader:
+        await until(lambda: bool(reader.batches))
+        for handle in range(16):
+            session.start(request(handle))
+        await until(lambda: reader.end(0) is not None)
+
+        assert [len(batch.frames) for batch in reader.batches if batch.frames] == [16]
+
+
 @pytest.mark.parametrize("how", ["raises", "ends", "says nothing"])
 async def test_a_broken_engine_ends_the_request_without_leaking_text(
     how: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async with a_worker() as worker, Tasks() as tasks:
-        broken = replace(worker, engine=BrokenEngine(worker.engine, how))
-        sessions = Sessions(Answerer(broken), tasks, broken.pulse)
-        async with Reader(session := sessions.open("s")).reading() as reader:
-            session.start(request())
-            await until(lambda: reader.end() is not None)
+    async with oddly_serving(how) as session, Reader(session).reading() as reader:
+        session.start(request())
+        await until(lambda: reader.end() is not None)
 
         error = reader.end().error
         assert (error.reason, error.http_status) == ("INTERNAL", 500)
         assert "hunter2" not in error.message
-        await sessions.close("drained")
 
 
 async def test_a_gateway_that_does_not_read_stops_its_own_requests(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,121 @@
+"""Errors in the words of each dialect, and nothing in them that clients should not see."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from inferflux import errors
+from inferflux.errors import InferfluxError
+from services.gateway import failures
+from services.gateway.endpoints import Dialect
+
+ID = "req_1"
+
+
+def every_error(base: type[InferfluxError] = InferfluxError) -> list[type[InferfluxError]]:
+    return [
+        base,
+        *(
+            kind
+            for child in base.__subclasses__()
+            for kind in every_error(child)
+            if child is not failures.MethodNotAllowed
+        ),
+    ]
+
+
+ERRORS = every_error()
+OPENAI = {
+    errors.InvalidRequest: "invalid_request_error",
+    errors.BodyTooLarge: "invalid_request_error",
+    errors.Unauthenticated: "authentication_error",
+    errors.PermissionDenied: "permission_error",
+    errors.NotFound: "invalid_request_error",
+    errors.Unavailable: "server_error",
+    errors.DeadlineExceeded: "server_error",
+    errors.Internal: "server_error",
+}
+ANTHROPIC = {
+    errors.InvalidRequest: "invalid_request_error",
+    errors.BodyTooLarge: "request_too_large",
+    errors.Unauthenticated: "authentication_error",
+    errors.PermissionDenied: "permission_error",
+    errors.NotFound: "not_found_error",
+    errors.ModelNotFound: "not_found_error",
+    errors.NoWorker: "overloaded_error",
+    errors.DeadlineExceeded: "timeout_error",
+    errors.Internal: "api_error",
+}
+
+
+@pytest.mark.parametrize(("kind", "name"), OPENAI.items())
+def test_openai_types(kind, name):
+    """As the OpenAI client maps them; `code` is our reason."""
+    document = json.loads(failures.body(kind("no", param="p"), Dialect.OPENAI, ID))
+
+    assert document == {"error": {"message": "no", "type": name, "param": "p", "code": kind.reason.lower()}}
+
+
+@pytest.mark.parametrize(("kind", "name"), ANTHROPIC.items())
+def test_anthropic_types(kind, name):
+    """As the Anthropic client maps them."""
+    document = json.loads(failures.body(kind("no"), Dialect.ANTHROPIC, ID))
+
+    assert document == {"type": "error", "error": {"type": name, "message": "no"}, "request_id": ID}
+
+
+@pytest.mark.parametrize("kind", ERRORS)
+@pytest.mark.parametrize("dialect", Dialect)
+def test_every_error_has_a_body_in_every_dialect(kind, dialect):
+    """With a message and a type that is not empty."""
+    document = json.loads(failures.body(kind("it failed"), dialect, ID))
+
+    assert document["error"]["message"] == "it failed"
+    assert document["error"]["type"]
+
+
+@pytest.mark.parametrize("kind", ERRORS)
+def test_who_may_come_back_is_told_when(kind):
+    """A retryable error has retry-after in whole seconds; others have none."""
+    headers = dict(failures.headers(kind("no")))
+
+    assert (b"retry-after" in headers) == kind.is_retryable
+    assert headers.get(b"retry-after", b"1").isdigit()
+
+
+@pytest.mark.parametrize(("after_s", "header"), [(0.2, b"1"), (1, b"1"), (1.5, b"2"), (30, b"30")])
+def test_retry_after_is_rounded_up(after_s, header):
+    """Never too early, never zero."""
+    assert dict(failures.headers(errors.Unavailable("no", retry_after_s=after_s)))[b"retry-after"] == header
+
+
+def test_401_says_how_to_authenticate_and_405_says_what_is_allowed():
+    """As HTTP wants it."""
+    assert (b"www-authenticate", b"Bearer") in failures.headers(errors.Unauthenticated("no"))
+    assert (b"allow", b"POST") in failures.headers(failures.MethodNotAllowed("POST"))
+    assert failures.MethodNotAllowed("POST").http_status == 405
+
+
+@pytest.mark.parametrize("error", [ValueError("a secret"), KeyError("a secret"), OSError(2, "a secret")])
+def test_foreign_errors_keep_their_text_to_themselves(error):
+    """It may hold anything."""
+    shown = failures.shown(error)
+
+    assert shown.http_status == 500
+    assert b"secret" not in failures.body(shown, Dialect.OPENAI, ID)
+
+
+def test_our_errors_are_shown_as_they_are():
+    """Their messages are written to be shown."""
+    error = errors.NoWorker("nobody")
+
+    assert failures.shown(error) is error
+
+
+def test_messages_are_escaped():
+    """A message may quote what a client sent."""
+    error = errors.NotFound('there is nothing at "\n\r\u2028</script>')
+
+    assert json.loads(failures.body(error, Dialect.OPENAI, ID))["error"]["message"] == error.message
