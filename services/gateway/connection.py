@@ -26,6 +26,7 @@ from inferflux.errors import (
 )
 from inferflux.telemetry import metrics
 from services.gateway import failures
+from services.gateway.asgi import WRITE_NOW
 from services.gateway.endpoints import Dialect
 
 # How much of a body, and for how long, is read and thrown away after its request was refused: a connection that is
@@ -139,6 +140,7 @@ class Connection(HttpToolsProtocol):
         self._is_in_head = self._has_begun = False
         self._num_head_bytes = 0
         self._expect_nothing()
+        self.scope["extensions"] = {WRITE_NOW: self.write_now}  # type: ignore[typeddict-item]
         super().on_headers_complete()
 
     def _count_head(self, num_bytes: int) -> None:
@@ -186,6 +188,16 @@ class Connection(HttpToolsProtocol):
         self._is_in_head = True
         self._num_discarded = 0
         self._expect_nothing()
+
+    # --- a response, past the server's coroutines
+
+    def write_now(self, data: bytes) -> bool:
+        """Do what the server's `send` does for a chunk, when it need not wait: a third of the gateway's cost of one."""
+        cycle = self.cycle
+        if self.flow.write_paused or cycle.disconnected or cycle.response_complete or not cycle.chunked_encoding:
+            return False
+        self.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
+        return True
 
     # --- a client that does not read
 

@@ -18,7 +18,7 @@ from inferflux.telemetry.logs import LineLog
 from inferflux.v1 import types_pb2
 from services.gateway import envelope, failures, flow
 from services.gateway.account import ROLE, Account
-from services.gateway.asgi import AsgiScope, ClientGone, Headers, RawHeaders, Receive, Send, header_map
+from services.gateway.asgi import WRITE_NOW, AsgiScope, ClientGone, Headers, RawHeaders, Receive, Send, header_map
 from services.gateway.auth import Authenticator
 from services.gateway.call import Call
 from services.gateway.endpoints import ENDPOINTS, Endpoint
@@ -53,7 +53,8 @@ class Inference:
         """Answer one request; whatever happens, it ends in an answer, in one error, or without a client."""
         request_id = new_request_id()
         endpoint = ENDPOINTS[scope["path"]]
-        reply = Reply(send, request_id, endpoint.dialect, self.response_headers(request_id))
+        write_now = scope.get("extensions", {}).get(WRITE_NOW)
+        reply = Reply(send, request_id, endpoint.dialect, self.response_headers(request_id), write_now)
         account = Account(request_id, endpoint, reply, self.access_log)
         is_gone = False
         _inflight.inc()

@@ -7,12 +7,11 @@ Event streams then flow byte for byte; every other response is sent as one piece
 from __future__ import annotations
 
 import asyncio
-from typing import Any
 
 from inferflux.errors import InferfluxError, Internal
 from inferflux.types import HttpAnswer, HttpHead
 from services.gateway import failures, sse
-from services.gateway.asgi import RawHeaders, Send, encode_headers
+from services.gateway.asgi import RawHeaders, Send, WriteNow, encode_headers
 from services.gateway.endpoints import Dialect
 
 # Of the connection between worker and gateway, or set by the gateway itself.
@@ -23,12 +22,19 @@ _SSE_HEADERS: RawHeaders = [(b"cache-control", b"no-cache"), (b"x-accel-bufferin
 
 
 class Reply:
-    """One response. `headers` go on it, whatever it becomes.
+    """One response. `headers` go on it, whatever it becomes. `write_now`: see WRITE_NOW; None = not to be had.
 
     `status` 0: nothing is written yet. `first_at`: when the first byte was, in the loop's time.
     """
 
-    def __init__(self, send: Send, request_id: str, dialect: Dialect, headers: RawHeaders) -> None:
+    def __init__(
+        self,
+        send: Send,
+        request_id: str,
+        dialect: Dialect,
+        headers: RawHeaders,
+        write_now: WriteNow | None = None,
+    ) -> None:
         self.status = 0
         self.first_at = 0.0
         self.num_bytes = 0
@@ -38,6 +44,7 @@ class Reply:
         self._request_id = request_id
         self._dialect = dialect
         self._headers = headers
+        self._write_now = write_now
         self._held: list[bytes] = []
 
     @property
@@ -58,19 +65,14 @@ class Reply:
             self._held.append(data)
 
     def write_now(self, data: bytes) -> bool:
-        """Write the next bytes of an event stream unless that would have to wait for the client; tells whether it did.
+        """Write the next bytes of an event stream unless they would have to wait for the client; tells whether it did.
 
-        Drives the server's `send` by hand: it waits, if at all, before it writes anything. A tenth of the cost of a
-        token, since the request's own task need not wake up for it.
+        Saves the wake-up of the request's own task, and so a third of what a token costs.
         """
-        sending: Any = self._send({"type": "http.response.body", "body": data, "more_body": True})
-        try:
-            sending.send(None)
-        except StopIteration:
-            self.num_bytes += len(data)
-            return True
-        sending.close()
-        return False
+        if self._write_now is None or not self._write_now(data):
+            return False
+        self.num_bytes += len(data)
+        return True
 
     async def finish(self, head: HttpHead | None) -> None:
         """End the response of a worker that has sent everything. Raises Internal when that is nothing."""

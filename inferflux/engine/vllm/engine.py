@@ -146,7 +146,9 @@ class VllmEngine(Engine):
         sources: Sequence[KvSource] = (),
         delivered: Sequence[ChoiceTokens] = (),
     ) -> AsyncGenerator[Frame]:
-        """See Engine.generate."""
+        """See Engine.generate. Continuing after delivered tokens is not possible yet: an error, not a repetition."""
+        if delivered:
+            raise Unavailable("the vllm engine can't continue a request after delivered tokens")
         from inferflux.engine.vllm.application import Exchange  # noqa: PLC0415
         from inferflux.engine.vllm.llm import PHASE, DecodePhase  # noqa: PLC0415
 

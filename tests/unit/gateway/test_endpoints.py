@@ -20,7 +20,16 @@ INTERNAL = (
     "/docs",
     "/openapi.json",
 )
-TRICKS = ("/v1/chat/completions/", "//v1/chat/completions", "/V1/chat/completions", "/v1/../v1/completions", "/v1", "/")
+TRICKS = (
+    "/v1/chat/completions/",
+    "/v1//chat/completions",
+    "/V1/chat/completions",
+    "/v1/%2e%2e/v1/completions",
+    "/v1/completions%00",
+    "/v1/completions;x=1",
+    "/v1",
+    "/",
+)
 
 
 def test_exactly_the_generating_paths_have_a_prefill_phase():
