@@ -3,9 +3,9 @@
     python -m bench.gateway_cost [--streams 1,16,64] [--requests 256] [--no-peer] [--json FILE]
 
 A real cluster with the sim engine: HTTP in, policy, routing, mTLS gRPC to the workers, SSE out. The CPU time is the
-gateway process's own (/proc/<pid>/stat, user and system), all in. Engines are paced: a token each 20 ms for every stream
-at once. The peer is vllm-router (Rust) between the same clients and a plain HTTP server that sends the same events at
-the same pace; it is installed from PyPI into a cache of its own when it can be had.
+gateway process's own (/proc/<pid>/stat, user and system), all in. Engines are paced: a token each 20 ms for every
+stream at once. The peer is vllm-router (Rust) between the same clients and a plain HTTP server that sends the same
+events at the same pace; it is installed from PyPI into a cache of its own when it can be had.
 """
 
 from __future__ import annotations
@@ -81,6 +81,12 @@ def cpu_s(pid: int) -> float:
     """CPU time that a process has used."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) * TICK_S
+
+
+def environ_of(pid: int) -> dict[str, str]:
+    """Environment a process was started with."""
+    pairs = Path(f"/proc/{pid}/environ").read_bytes().decode().rstrip("\0").split("\0")
+    return dict(pair.split("=", 1) for pair in pairs)
 
 
 def rss_mb(pid: int) -> float:
@@ -214,8 +220,7 @@ async def answering(url: str, timeout_s: float = 60.0) -> None:
 
 async def start_s(cluster: Cluster) -> float:
     """Start a second gateway on the same cluster; returns the time until it is ready for requests."""
-    environ = Path(f"/proc/{cluster.pids['gateway-0']}/environ").read_bytes().decode().rstrip("\0").split("\0")
-    port = free_port()
+    port, environ = free_port(), environ_of(cluster.pids["gateway-0"])
     own = {
         "INFERFLUX_HTTP_PORT": str(port),
         "INFERFLUX_INSTANCE_ID": "gateway-9",
@@ -226,7 +231,7 @@ async def start_s(cluster: Cluster) -> float:
         sys.executable,
         "-m",
         "services.gateway",
-        env=dict(pair.split("=", 1) for pair in environ) | own,
+        env=environ | own,
         stderr=subprocess.DEVNULL,
     )
     try:

@@ -12,8 +12,8 @@ Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 Headers = dict[bytes, bytes]
-# Our server's extension of ASGI, in scope["extensions"]: writes the next chunk of a response at once, or returns False when
-# that is not possible now. Only between the start of a streamed response and its end.
+# Our server's extension of ASGI, in scope["extensions"]: writes the next chunk of a response at once, or returns False
+# when that is not possible now. Only between the start of a streamed response and its end.
 WRITE_NOW = "inferflux.write_now"
 WriteNow = Callable[[bytes], bool]
 RawHeaders = list[tuple[bytes, bytes]]

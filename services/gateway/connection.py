@@ -140,7 +140,7 @@ class Connection(HttpToolsProtocol):
         self._is_in_head = self._has_begun = False
         self._num_head_bytes = 0
         self._expect_nothing()
-        self.scope["extensions"] = {WRITE_NOW: self.write_now}  # type: ignore[typeddict-item]
+        self.scope["extensions"] = {WRITE_NOW: self.write_now}  # type: ignore[dict-item]
         super().on_headers_complete()
 
     def _count_head(self, num_bytes: int) -> None:

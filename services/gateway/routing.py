@@ -76,10 +76,10 @@ def _choose(
 ) -> tuple[Worker | None, tuple[Verdict, ...]]:
     pool = [candidate for candidate in candidates if candidate.worker.role is role]
     objections = [(candidate, objection(candidate, question, reader)) for candidate in pool]
-    usable = [candidate for candidate, why in objections if why is None]
     # When every worker is silent, the silence is more likely ours.
-    fresh = [candidate for candidate in usable if candidate.is_fresh] or usable
-    scored = [(score(candidate), candidate.worker) for candidate in fresh]
+    if any(why is None and candidate.is_fresh for candidate, why in objections):
+        objections = [(c, why or (None if c.is_fresh else "silent")) for c, why in objections]
+    scored = [(score(candidate), candidate.worker) for candidate, why in objections if why is None]
     verdicts = [Verdict(candidate.worker.worker_id, None, why) for candidate, why in objections if why is not None]
     verdicts += [Verdict(worker.worker_id, value, "load") for value, worker in scored]
     return _pick(scored, question.turn), tuple(verdicts)

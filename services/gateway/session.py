@@ -125,6 +125,8 @@ class TokenStream:
 
     def _keep(self, data: bytes) -> None:
         if self._num_waiting > self._session.max_buffered_bytes:
+            # The worker is told now, the client when it reads again: its relay waits for that.
+            self._session.close(self)
             self.fail(SlowConsumer(f"the client left {self._num_waiting} bytes of the response waiting"))
             return
         self._chunks.append(data)

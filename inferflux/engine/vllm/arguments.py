@@ -36,8 +36,12 @@ def server_arguments(options: EngineOptions, dtype: str, arena_fd: int | None, r
     """The arguments `vllm serve` would have parsed."""
     from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args  # noqa: PLC0415
     from vllm.utils.argparse_utils import FlexibleArgumentParser  # noqa: PLC0415
+    from vllm.v1.executor.uniproc_executor import UniProcExecutor  # noqa: PLC0415
 
     args = make_arg_parser(FlexibleArgumentParser()).parse_args(_command_line(options, dtype))
+    # One rank runs in the engine core itself. Given by name, vLLM's CPU platform makes a process of its own of it, with
+    # queues in shared memory that both sides poll. Threads and cores are set where we fork (plugin.EngineProcess).
+    args.distributed_executor_backend = UniProcExecutor
     args.kv_transfer_config = _transfer_config(arena_fd, reports_fd)
     validate_parsed_serve_args(args)
     return args
@@ -47,7 +51,7 @@ def _command_line(options: EngineOptions, dtype: str) -> list[str]:
     line = ["--model", str(options.model_dir), "--served-model-name", options.model, "--dtype", dtype]
     # Eager: compiled mode computes wrong text on some CPUs and takes a minute to start.
     line += ["--enforce-eager", "--enable-prefix-caching", "--kv-cache-memory-bytes", str(options.kv_cache_bytes)]
-    line += ["--max-num-seqs", str(options.max_num_seqs), "--distributed-executor-backend", "uni"]
+    line += ["--max-num-seqs", str(options.max_num_seqs)]
     line += ["--enable-auto-tool-choice", "--tool-call-parser", "hermes", "--enable-prompt-tokens-details"]
     line += ["--disable-uvicorn-access-log", "--scheduling-policy", "priority"]
     if options.max_model_len:

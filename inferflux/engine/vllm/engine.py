@@ -56,7 +56,7 @@ class VllmEngine(Engine):
         from inferflux.engine.vllm.llm import TicketLLM  # noqa: PLC0415
 
         plugin.register()
-        plugin.fork_engine_on(self._options.cpu_cores)
+        plugin.fork_engine(self._options.cpu_cores, self._options.threads)
         arena_fd = self._arena.fd if self._arena is not None else None
         args = server_arguments(self._options, self._dtype, arena_fd, self._reports.write_fd)
         engine_args = AsyncEngineArgs.from_cli_args(args)

@@ -166,7 +166,6 @@ def test_verdicts_agree_with_the_choice(cluster):
     assert all(verdicts[c.worker.worker_id].score is None for c in filtered)
 
 
-@pytest.mark.xfail(reason="workers passed over for their silence get no verdict")
 def test_a_worker_passed_over_for_its_silence_has_a_verdict():
     """An operator who asks why a worker gets no requests finds it in the reasons."""
     made = plan(QUESTION, [decode("silent", is_fresh=False), decode("fresh")])
