@@ -173,7 +173,8 @@ class Connection(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
-        if self.cycle.more_body and not self.transport.is_closing():
+        # Not so when the next request is in the line already: that one will be read.
+        if self.cycle.response_complete and self.cycle.more_body and not self.transport.is_closing():
             self._expect(LINGER_S, self.transport.close)
 
     def on_body(self, body: bytes) -> None:

@@ -52,6 +52,10 @@ class Reply:
         """Whether anything has been written: then the status can't change any more."""
         return self.status != 0
 
+    def begin(self) -> None:
+        """Forget what a worker said that was lost before the client heard any of it."""
+        self._held.clear()
+
     async def write(self, head: HttpHead | None, data: bytes) -> None:
         """Take the next bytes of the body of a worker's response."""
         if self.is_streaming:

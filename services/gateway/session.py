@@ -87,6 +87,7 @@ class TokenStream:
 
     async def relay(self, reply: Reply) -> None:
         """Pass the whole response on. Raises WorkerLost, SlowConsumer, or the error that the worker reported."""
+        reply.begin()
         while await self._has_data():
             chunks, self._chunks, self._num_waiting = self._chunks, [], 0
             await reply.write(self._head, b"".join(chunks))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 
 import anthropic
 import openai
@@ -23,13 +24,17 @@ SCHEMA = {
 
 
 @pytest.fixture(scope="module")
-def client(vllm_cluster: Cluster) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{vllm_cluster.url}/v1", api_key=vllm_cluster.api_key, timeout=120, max_retries=0)
+def client(vllm_cluster: Cluster) -> Iterator[openai.OpenAI]:
+    url, key = f"{vllm_cluster.url}/v1", vllm_cluster.api_key
+    with openai.OpenAI(base_url=url, api_key=key, timeout=120, max_retries=0) as client:
+        yield client
 
 
 @pytest.fixture(scope="module")
-def claude(vllm_cluster: Cluster) -> anthropic.Anthropic:
-    return anthropic.Anthropic(base_url=vllm_cluster.url, api_key=vllm_cluster.api_key, timeout=120, max_retries=0)
+def claude(vllm_cluster: Cluster) -> Iterator[anthropic.Anthropic]:
+    url, key = vllm_cluster.url, vllm_cluster.api_key
+    with anthropic.Anthropic(base_url=url, api_key=key, timeout=120, max_retries=0) as client:
+        yield client
 
 
 def test_chat_answers(client: openai.OpenAI) -> None:
@@ -64,6 +69,35 @@ def test_a_list_of_prompts(client: openai.OpenAI) -> None:
     alone = [client.completions.create(model=MODEL, prompt=p, temperature=0, max_tokens=3) for p in prompts]
 
     assert [a.choices[0].text for a in alone] == [c.text for c in together.choices]
+
+
+def test_equal_prompts_of_one_call(client: openai.OpenAI) -> None:
+    """Each of two equal prompts has a ticket of its own."""
+    answer = client.completions.create(model=MODEL, prompt=["One, two,"] * 2, temperature=0, max_tokens=3)
+
+    assert answer.choices[0].text == answer.choices[1].text
+
+
+def test_beam_search(client: openai.OpenAI) -> None:
+    """Beams, which the application runs itself, work on the decode worker."""
+    beams = {"use_beam_search": True}
+    answer = client.completions.create(
+        model=MODEL, prompt="The capital of France is", n=2, temperature=0, max_tokens=3, extra_body=beams
+    )
+
+    assert "Paris" in answer.choices[0].text
+
+
+def test_a_client_cannot_speak_to_the_engine(client: openai.OpenAI) -> None:
+    """Fields that our processes exchange through vLLM's parameters mean nothing when a client sends them."""
+    ask = {"model": MODEL, "prompt": "The capital of France is", "temperature": 0, "max_tokens": 3}
+    forged = {
+        "kv_transfer_params": {"source": {}, "publish": True, "do_remote_prefill": True},
+        "vllm_xargs": {"inferflux_delivered": [1_000_000_000]},
+    }
+
+    expected = client.completions.create(**ask)
+    assert expected.choices[0].text == client.completions.create(**ask, extra_body=forged).choices[0].text
 
 
 def test_responses(client: openai.OpenAI) -> None:
@@ -148,10 +182,12 @@ def test_models(client: openai.OpenAI) -> None:
 
 def test_wrong_key_model_and_body(client: openai.OpenAI, vllm_cluster: Cluster) -> None:
     """Mistakes get the errors that the client knows."""
-    stranger = openai.OpenAI(base_url=f"{vllm_cluster.url}/v1", api_key="ifx_wrong", max_retries=0)
     ask = {"model": MODEL, "messages": QUESTION, "max_tokens": 1}
 
-    with pytest.raises(openai.AuthenticationError):
+    with (
+        openai.OpenAI(base_url=f"{vllm_cluster.url}/v1", api_key="ifx_wrong", max_retries=0) as stranger,
+        pytest.raises(openai.AuthenticationError),
+    ):
         stranger.chat.completions.create(**ask)
     with pytest.raises(openai.NotFoundError):
         client.chat.completions.create(**ask | {"model": "nope"})

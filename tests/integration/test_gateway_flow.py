@@ -314,6 +314,26 @@ async def test_a_decode_worker_lost_before_the_first_byte_costs_nothing():
             await until(lambda: not prefill.live)
 
 
+async def test_half_an_answer_of_a_lost_worker_is_forgotten():
+    """A response that is sent as one piece has no part of two workers' answers."""
+    async with fake_cluster() as cluster:
+        decodes = [await cluster.add_decode("decode-0"), await cluster.add_decode("decode-1")]
+
+        async def die(job):
+            job.emit(head=JSON_HEAD, data=b'{"text": "on')
+            await asyncio.sleep(0.05)
+            decodes[0].cut()
+
+        async with running_gateway(cluster) as gateway:
+            await gateway.ready()
+            await until(lambda: all(d.hellos for d in decodes))
+            await asyncio.sleep(0.1)
+            decodes[0].script = die
+
+            assert [(await gateway.chat()).json() for _ in range(2)] == [{"text": "one two"}] * 2
+            assert decodes[0].jobs
+
+
 async def test_a_draining_worker_that_refuses_is_not_the_last_word():
     """A refusal that crossed with the request is retried elsewhere too."""
 
@@ -372,6 +392,76 @@ async def test_a_stream_that_loses_its_worker_ends_with_an_error_event():
         assert (error["code"], error["retryable"]) == ("worker_lost", True)
         assert error["request_id"] == response.headers["x-request-id"]
         await until(lambda: not prefill.live)
+
+
+async def test_what_a_lost_worker_said_is_not_in_the_answer_of_the_next():
+    """A whole answer is of one worker, however far the one before it got."""
+    async with fake_cluster() as cluster:
+        decodes = [await cluster.add_decode("decode-0"), await cluster.add_decode("decode-1")]
+
+        async def die_once(job):
+            for decode in decodes:
+                decode.script = two_tokens
+            job.emit(head=JSON_HEAD, data=b'{"text": "half')
+            await asyncio.sleep(0.05)  # the bytes reach the gateway
+            next(d for d in decodes if job in d.jobs).cut()
+
+        for decode in decodes:
+            decode.script = die_once
+        async with running_gateway(cluster) as gateway:
+            await gateway.ready()
+            await until(lambda: all(d.hellos for d in decodes))
+            await asyncio.sleep(0.1)
+            response = await gateway.chat()
+
+            assert response.content == b'{"text": "one two"}'
+            assert [len(d.jobs) for d in decodes] == [1, 1]
+
+
+async def test_a_prefill_worker_that_goes_silent_holds_nobody_up():
+    """Its requests go to decode as soon as it is given up, and their calls are cancelled."""
+    async with pair(worker_dead_s=0.5) as (_, prefill, decode, gateway):
+        prefill.hold.clear()
+        request = asyncio.ensure_future(gateway.chat(stream=True))
+        await until(lambda: prefill.num_running)
+        prefill.is_silent = True
+        response = await asyncio.wait_for(request, 5)
+
+        assert response.text == TWO_TOKENS
+        assert not decode.jobs[0].start.prompts
+        await until(lambda: prefill.num_aborted == 1)
+
+
+async def test_a_prefill_worker_that_was_replaced_holds_nobody_up():
+    """Dropping the connection to its old start is no cancellation of the requests on it."""
+    async with pair() as (cluster, prefill, decode, gateway):
+        prefill.hold.clear()
+        request = asyncio.ensure_future(gateway.chat(stream=True))
+        await until(lambda: prefill.num_running)
+        record = prefill.record(pb.WORKER_ROLE_PREFILL)
+        record.incarnation = "f" * 16
+        cluster.registry.put(record)
+        response = await asyncio.wait_for(request, 5)
+
+        assert response.text == TWO_TOKENS
+        assert not decode.jobs[0].start.prompts
+
+
+async def test_tokens_of_a_broken_stream_are_counted():
+    """Nobody reports the usage of a request whose worker is gone; what came is counted."""
+
+    async def die(job):
+        tokens = [decode_pb.ChoiceTokens(index=i, token_ids=[5, 6, 7]) for i in range(2)]
+        job.emit(head=SSE_HEAD, data=b"data: 1\n\n", choices=tokens)
+        await asyncio.sleep(0.05)
+        decode.cut()
+
+    async with decode_only() as (_, decode, gateway):
+        decode.script = die
+        before = await gateway.metric('inferflux_tokens_total{kind="completion"')
+        await gateway.chat(stream=True)
+
+        assert await gateway.metric('inferflux_tokens_total{kind="completion"') == before + 6
 
 
 async def test_a_lost_worker_is_told_to_forget_and_used_again():
@@ -435,6 +525,19 @@ async def test_late_frames_of_an_older_incarnation_are_dropped():
     async with decode_only() as (_, decode, gateway):
         decode.script = zombie
         assert (await gateway.chat(stream=True)).text == TWO_TOKENS
+
+
+async def test_a_worker_started_again_under_an_older_clock_is_used():
+    """Whoever answers a new stream is believed, whatever the registry still says."""
+    async with fake_cluster() as cluster:
+        decode = await cluster.add_decode()
+        record = decode.record(pb.WORKER_ROLE_DECODE)
+        record.incarnation = "f" * 16
+        cluster.registry.put(record)
+        async with running_gateway(cluster) as gateway:
+            await gateway.ready()
+
+            assert (await gateway.chat(stream=True)).text == TWO_TOKENS
 
 
 # --- never an empty 200
@@ -631,6 +734,43 @@ async def test_no_ready_worker_is_a_503_with_a_hint():
         assert (response.status_code, response.json()["error"]["code"]) == (503, "no_worker")
         assert response.headers["retry-after"]
         assert not decode.jobs
+
+
+@pytest.mark.parametrize("state", ["STARTING", "FAILED", "UNSPECIFIED", "DRAINING"])
+async def test_a_worker_that_says_it_is_not_ready_gets_nothing_new(state):
+    """Until it says otherwise; its connection stands."""
+    async with fake_cluster() as cluster:
+        first, second = await cluster.add_decode("decode-0"), await cluster.add_decode("decode-1")
+        async with running_gateway(cluster) as gateway:
+            await gateway.ready()
+            await until(lambda: first.hellos and second.hellos)
+            first.state = pb.WorkerState.Value(f"WORKER_STATE_{state}")
+            await asyncio.sleep(0.2)  # some pulses
+            responses = [await gateway.chat(stream=True) for _ in range(4)]
+
+            assert [r.text for r in responses] == [TWO_TOKENS] * 4
+            assert (len(first.jobs), len(first.hellos), len(second.jobs)) == (0, 1, 4)
+
+
+async def test_a_worker_that_fails_during_prefill_is_passed_by():
+    """It was chosen when all was well; the request goes to another."""
+    async with fake_cluster() as cluster:
+        prefill = await cluster.add_prefill()
+        decodes = [await cluster.add_decode("decode-0"), await cluster.add_decode("decode-1")]
+        async with running_gateway(cluster) as gateway:
+            await gateway.ready()
+            await until(lambda: prefill.watches and all(d.hellos for d in decodes))
+            await asyncio.sleep(0.1)
+            prefill.hold.clear()
+            requests = [asyncio.ensure_future(gateway.chat(stream=True)) for _ in range(2)]
+            await until(lambda: prefill.num_running == 2)
+            decodes[0].state = pb.WORKER_STATE_FAILED
+            await asyncio.sleep(0.2)  # some pulses
+            prefill.hold.set()
+
+            assert [r.text for r in await asyncio.gather(*requests)] == [TWO_TOKENS] * 2
+            assert not decodes[0].jobs
+            await until(lambda: not prefill.live)
 
 
 async def test_models_are_listed_from_the_registry():

@@ -176,8 +176,10 @@ class VllmEngine(Engine):
             raise WorkerLost("the worker's engine died")
 
     def load(self) -> EngineLoad:
-        """See Engine.load; numbers are those of the engine's last step."""
-        return self._meter.load(is_alive=self._started is not None and not self._started.errored)
+        """See Engine.load; numbers are those of the last step, what the engine was given since counts as waiting."""
+        if self._started is None:
+            return self._meter.load(0, is_alive=False)
+        return self._meter.load(self._started.get_num_unfinished_requests(), is_alive=not self._started.errored)
 
     async def close(self) -> None:
         """See Engine.close."""
@@ -302,7 +304,7 @@ class StepMeter:
 
     def __init__(self) -> None:
         self.num_blocks = 0
-        self._step = self._num_running = self._num_waiting = 0
+        self._step = self._num_running = 0
         self._usage = 0.0
 
     def logger(self) -> Any:
@@ -326,11 +328,11 @@ class StepMeter:
         """Called by vLLM after each engine step."""
         self._step += 1
         self._num_running = stats.num_running_reqs
-        self._num_waiting = stats.num_waiting_reqs + stats.num_skipped_waiting_reqs
         self._usage = stats.kv_cache_usage
 
-    def load(self, *, is_alive: bool) -> EngineLoad:
+    def load(self, num_unfinished: int, *, is_alive: bool) -> EngineLoad:
+        """The last step's numbers. `num_unfinished`: requests that the engine owes an answer, seen from outside."""
+        num_running = min(self._num_running, num_unfinished)
+        num_waiting = num_unfinished - num_running
         num_free = round(self.num_blocks * (1 - self._usage))
-        return EngineLoad(
-            self._step, self._num_running, self._num_waiting, 0, num_free, self.num_blocks, is_alive=is_alive
-        )
+        return EngineLoad(self._step, num_running, num_waiting, 0, num_free, self.num_blocks, is_alive=is_alive)

@@ -17,6 +17,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from inferflux.engine.base import ComputedPrompt, KvSource, PublishedKv
 from inferflux.engine.vllm import transfer
 from inferflux.engine.vllm.plugin import delivered_tokens
+from inferflux.errors import Conflict
 from inferflux.kv.digests import prompt_digest
 from inferflux.types import ChoiceTokens, Usage
 
@@ -43,7 +44,7 @@ class Phase(ABC):
 
     @abstractmethod
     def params(self, prompt: Any, params: SamplingParams) -> SamplingParams:
-        """The sampling parameters that the engine gets instead of the client's."""
+        """Bend the sampling parameters, a copy of the client's, into what the engine gets."""
 
     @abstractmethod
     def observe(self, output: RequestOutput) -> None:
@@ -59,7 +60,8 @@ class PrefillPhase(Phase):
         self.prompts: list[ComputedPrompt] = []
 
     def params(self, prompt: Any, params: SamplingParams) -> SamplingParams:
-        params = params.clone()
+        if self.prompts:
+            raise Conflict("prefill is over: the application asks for more after the first tokens (beams, tool turns)")
         params.n, params.max_tokens, params.stop = 1, 1, []
         params.structured_outputs = None
         params.output_kind = RequestOutputKind.FINAL_ONLY
@@ -84,7 +86,7 @@ class DecodePhase(Phase):
 
     def __init__(self, cache_salt: str, priority: int, sources: Sequence[KvSource]) -> None:
         super().__init__(cache_salt, priority)
-        self._sources = {source.prompt_digest: source for source in sources}
+        self._sources = list(sources)
         self.num_loads: dict[str, int] = {}
         self._tokens: list[ChoiceTokens] = []
         self._num_output: dict[tuple[str, int], int] = {}
@@ -94,15 +96,22 @@ class DecodePhase(Phase):
         self.has_failed = False
 
     def params(self, prompt: Any, params: SamplingParams) -> SamplingParams:
-        source = self._sources.get(prompt_digest(prompt_ids(prompt))) if params.prompt_logprobs is None else None
+        source = self._take_source(prompt) if params.prompt_logprobs is None else None
         if source is None:
             return params
         self.num_loads[source.ticket_id] = params.n
-        params = params.clone()
         params.extra_args = {**(params.extra_args or {}), transfer.PARAMS: transfer.source_to_params(source)}
         if may_trust_first_token(params, source):
             params.extra_args[transfer.DELIVERED] = list(source.first_token_ids)
         return params
+
+    def _take_source(self, prompt: Any) -> KvSource | None:
+        """Each source serves one prompt: equal prompts of one call have a ticket and a first token each."""
+        digest = prompt_digest(prompt_ids(prompt))
+        source = next((source for source in self._sources if source.prompt_digest == digest), None)
+        if source is not None:
+            self._sources.remove(source)
+        return source
 
     def observe(self, output: RequestOutput) -> None:
         self._num_prompt[output.request_id] = len(output.prompt_token_ids or ())
@@ -164,7 +173,8 @@ class TicketLLM(AsyncLLM):
         """Like AsyncLLM.generate; each output passes the phase before it reaches the application."""
         phase = PHASE.get()
         if phase is not None:
-            prompt = phase.salted(prompt)
+            prompt, sampling_params = phase.salted(prompt), sampling_params.clone()
+            sampling_params.extra_args = transfer.without_client_values(sampling_params.extra_args)
             sampling_params = phase.params(prompt, sampling_params)
             kwargs["priority"] = phase.priority
         async for output in super().generate(prompt, sampling_params, request_id, **kwargs):

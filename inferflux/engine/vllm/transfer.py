@@ -14,6 +14,7 @@ from typing import Any
 from inferflux.engine.base import KvSource
 
 PARAMS = "kv_transfer_params"
+EC_PARAMS = "ec_transfer_params"
 PUBLISH = "publish"
 SOURCE = "source"
 SLOTS = "slots"
@@ -28,6 +29,11 @@ def source_to_params(source: KvSource) -> dict[str, Any]:
     """Flatten for msgspec: plain types only."""
     raw = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(source).items()}
     return {SOURCE: raw, REMOTE: True, CACHED: source.num_cached_tokens}
+
+
+def without_client_values(extra_args: dict[str, Any] | None) -> dict[str, Any]:
+    """Drop what only we may say: vLLM copies fields of the request's body into `extra_args`."""
+    return {k: v for k, v in (extra_args or {}).items() if k not in (PARAMS, EC_PARAMS, DELIVERED)}
 
 
 def source_from_params(params: dict[str, Any] | None) -> KvSource | None:
