@@ -34,6 +34,7 @@ QUESTIONS = (
     "Write one line about rain.",
 )
 LONG_PROMPT_TOKENS = 1024
+ROUNDS = 4
 COLUMNS = (
     "requests",
     "failed",
@@ -45,6 +46,9 @@ COLUMNS = (
     "output_tok_s",
     "total_tok_s",
 )
+
+
+Results = dict[str, dict[str, float]]
 
 
 def chats(num: int | None, num_tokens: int) -> Iterator[dict[str, object]]:
@@ -62,17 +66,29 @@ def long_prompts(num_tokens: int) -> Iterator[dict[str, object]]:
         yield {"prompt": ids, "max_tokens": num_tokens, "temperature": 0, "ignore_eos": True}
 
 
-async def measure(server: Server, seconds: float) -> dict[str, dict[str, float]]:
-    """Run the three loads one after the other."""
-    never = lambda: False  # noqa: E731
-    await closed_loop(server, "warm", chats(2, 8), never)
-    results = {"c1": summary(await closed_loop(server, "c1", chats(8, 32), never))}
-    results["c4"] = summary(await gather(*(closed_loop(server, "c4", chats(4, 32), never) for _ in range(4))))
+async def measure(servers: dict[str, Server], seconds: float) -> dict[str, Results]:
+    """Run each load on each server in turn. The first two in short alternating rounds: the machine's mood changes."""
+    samples: dict[str, dict[str, list[Sample]]] = {name: {"c1": [], "c4": []} for name in servers}
+    for server in servers.values():
+        await closed_loop(server, "warm", chats(2, 8), lambda: False)
+    for _ in range(ROUNDS):
+        for name, server in servers.items():
+            samples[name]["c1"] += await closed_loop(server, "c1", chats(3, 24), lambda: False)
+    for _ in range(ROUNDS):
+        for name, server in servers.items():
+            clients = (closed_loop(server, "c4", chats(2, 24), lambda: False) for _ in range(4))
+            samples[name]["c4"] += await gather(*clients)
+    results = {name: {load: summary(of_load) for load, of_load in loads.items()} for name, loads in samples.items()}
+    for name, server in servers.items():
+        results[name] |= mix(await run_mix(server, seconds))
+    return results
+
+
+async def run_mix(server: Server, seconds: float) -> list[Sample]:
+    """Three clients with short chats, one with long prompts."""
     end = time.monotonic() + seconds
-    over = lambda: time.monotonic() > end  # noqa: E731
-    clients = [closed_loop(server, "short", chats(None, 64), over) for _ in range(3)]
-    samples = await gather(*clients, closed_loop(server, "long", long_prompts(8), over))
-    return results | mix(samples)
+    clients = [closed_loop(server, "short", chats(None, 64), lambda: time.monotonic() > end) for _ in range(3)]
+    return await gather(*clients, closed_loop(server, "long", long_prompts(8), lambda: time.monotonic() > end))
 
 
 def mix(samples: list[Sample]) -> dict[str, dict[str, float]]:
@@ -124,8 +140,8 @@ def main() -> int:
         os.environ.get("INFERCTL_URL", "http://127.0.0.1:8080"), args.model, os.environ["INFERCTL_API_KEY"]
     )
     with vllm_server(args.model_dir, args.model, args.dtype, threads=args.peer_threads) as peer:
-        theirs = asyncio.run(measure(peer, args.seconds))
-    ours = asyncio.run(measure(cluster, args.seconds))
+        results = asyncio.run(measure({"vllm": peer, "inferflux": cluster}, args.seconds))
+    theirs, ours = results["vllm"], results["inferflux"]
     rows = verdicts(ours, theirs)
     print(table("inferflux", ours), table("vllm", theirs), sep="\n")
     for row in rows:

@@ -108,12 +108,21 @@ def quantile(values: Sequence[float], q: float) -> float:
     return ordered[min(len(ordered) - 1, math.ceil(q * len(ordered)) - 1)] if ordered else math.nan
 
 
+def busy_s(samples: Sequence[Sample]) -> float:
+    """Time in which at least one request was running."""
+    total, until = 0.0, -math.inf
+    for sample in sorted(samples, key=lambda s: s.started_at):
+        total += max(0.0, sample.ended_at - max(until, sample.started_at))
+        until = max(until, sample.ended_at)
+    return total
+
+
 def summary(samples: Sequence[Sample]) -> dict[str, float]:
-    """Latencies in ms, throughput in tokens per second of the whole run."""
+    """Latencies in ms, throughput per second of the time with requests running."""
     good = [s for s in samples if not s.error]
     if not good:
         return {"requests": 0, "failed": len(samples)}
-    wall = max(s.ended_at for s in good) - min(s.started_at for s in good)
+    wall = busy_s(good)
     itls = [gap for s in good for gap in s.itls_s]
     return {
         "requests": len(good),

@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import asyncio
+import faulthandler
 import logging
 import os
 from abc import ABC, abstractmethod
@@ -44,6 +45,8 @@ from inferflux.worker.worker import Worker
 
 WATCH_S = 0.25
 STOP_GRACE_S = 1.0
+# What hangs with an engine may keep the process from ending.
+EXIT_S = 15.0
 _log = logging.getLogger(__name__)
 
 
@@ -108,7 +111,7 @@ class WorkerProcess:
             address = await server.start()
             try:
                 tasks.spawn(part.run(), "part")
-                tasks.spawn(watch(worker), "engine-watch")
+                tasks.spawn(_guard(worker), "engine-watch")
                 async with _registered(worker, address, identity, tasks) as announce:
                     await _prove(worker)
                     announce()
@@ -193,7 +196,7 @@ async def _prove(worker: Worker) -> None:
 
 
 async def watch(worker: Worker) -> None:
-    """Fail readiness while the engine is wedged, and the process when the engine is dead: it will not come back."""
+    """Fail readiness while the engine is wedged. Raises WorkerLost when it will not come back."""
     progress = Progress(SystemClock(), worker.settings.wedge_s)
     objection: str | None = None
     worker.lifecycle.add_readiness("engine", lambda: objection)
@@ -202,7 +205,19 @@ async def watch(worker: Worker) -> None:
         if not load.is_alive:
             raise WorkerLost("the engine is dead")
         objection = progress.observe(load)
+        if progress.is_hopeless:
+            raise WorkerLost(f"the engine is wedged: {objection}")
         await asyncio.sleep(WATCH_S)
+
+
+async def _guard(worker: Worker) -> None:
+    """End the process when its engine is beyond help: whoever supervises it starts another, gateways go elsewhere."""
+    try:
+        await watch(worker)
+    except WorkerLost as e:
+        _log.error("engine lost, the worker exits", extra={"reason": e.message})
+        faulthandler.dump_traceback_later(EXIT_S, exit=True)
+        raise
 
 
 def _read_secret(settings: WorkerSettings, name: str) -> bytes:

@@ -5,6 +5,9 @@ from __future__ import annotations
 from inferflux.clock import Clock
 from inferflux.engine.base import EngineLoad
 
+# Of a process that was itself stopped for an hour, its engine has not been stuck for an hour.
+MAX_GAP_S = 1.0
+
 
 class Progress:
     """Judges an engine by its step counter. Pure over the clock; `observe` at least once a second."""
@@ -13,14 +16,22 @@ class Progress:
         self._clock = clock
         self._wedged_after_s = wedged_after_s
         self._step = -1
-        self._since = clock.monotonic()
+        self._seen_at = clock.monotonic()
+        self._stalled_s = 0.0
+
+    @property
+    def is_hopeless(self) -> bool:
+        """Whether the engine has been wedged for as long again as it took to be called so."""
+        return self._stalled_s > 2 * self._wedged_after_s
 
     def observe(self, load: EngineLoad) -> str | None:
         """Why the engine is not fit to serve; None when it is."""
         now = self._clock.monotonic()
+        gap_s, self._seen_at = min(now - self._seen_at, MAX_GAP_S), now
         if load.step != self._step or load.num_running + load.num_waiting == 0:
-            self._step, self._since = load.step, now
+            self._step, self._stalled_s = load.step, 0.0
+        else:
+            self._stalled_s += gap_s
         if not load.is_alive:
             return "the engine is dead"
-        stalled_s = now - self._since
-        return f"work but no step for {stalled_s:.1f} s" if stalled_s > self._wedged_after_s else None
+        return f"work but no step for {self._stalled_s:.1f} s" if self._stalled_s > self._wedged_after_s else None

@@ -81,7 +81,7 @@ class Registration:
             role=ROLE_TO_PROTO[worker.role],
             model=info.model,
             address=self._address,
-            state=STATE_TO_PROTO[worker.lifecycle.state],
+            state=STATE_TO_PROTO[worker.state],
             reason=worker.lifecycle.readiness().reason,
             fingerprint=info.fingerprint.to_proto(),
             host_id=worker.host_id,

@@ -9,13 +9,15 @@ gateway's return.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable
-from dataclasses import dataclass
+from bisect import bisect_right
+from collections.abc import AsyncGenerator, Callable, Iterator
+from dataclasses import dataclass, replace
+from itertools import accumulate
 
 from inferflux.errors import InvalidRequest
 from inferflux.process import Tasks
 from inferflux.telemetry import metrics
-from inferflux.types import Frame, Pulse
+from inferflux.types import ChoiceTokens, Frame, Pulse
 from inferflux.worker.answering import BY_GATEWAY, Answerer, DecodeRequest
 from inferflux.worker.leases import GRACE_S, SessionLeases
 
@@ -24,6 +26,10 @@ PULSE_S = 0.25
 MAX_SETTLE_TURNS = 8
 # A gateway that reads too slowly stops its own requests here, not the engine's other ones.
 MAX_OUTBOX_BYTES = 4 << 20
+# A body that is not streamed comes in one piece of any size, but has to travel beside the tokens of others, within the
+# limit of a message, and in portions that a gateway is ready to keep for a client.
+MAX_FRAME_BYTES = 1 << 20
+MAX_BATCH_BYTES = 2 << 20
 CANCEL_REASONS = ("disconnected", "deadline", "moved", "closed", "lost")  # bounded: gateways choose the text
 
 
@@ -130,10 +136,20 @@ class Session:
         await self._settle()
 
     def take(self) -> list[tuple[int, Frame]]:
-        """Empty the outbox."""
-        frames, self._outbox = self._outbox, []
-        self._num_bytes = 0
-        self._has_room.set()
+        """Take the oldest frames out of the outbox: all, or as many as one batch may carry."""
+        if self._num_bytes <= MAX_BATCH_BYTES:
+            frames, self._outbox, self._num_bytes = self._outbox, [], 0
+        else:
+            frames = self._portion()
+        if self._num_bytes <= MAX_OUTBOX_BYTES:
+            self._has_room.set()
+        return frames
+
+    def _portion(self) -> list[tuple[int, Frame]]:
+        sizes = list(accumulate(_size(frame) for _, frame in self._outbox))
+        n = max(1, bisect_right(sizes, MAX_BATCH_BYTES))
+        frames, self._outbox = self._outbox[:n], self._outbox[n:]
+        self._num_bytes -= sizes[n - 1]
         return frames
 
     async def _serve(self, request: DecodeRequest) -> None:
@@ -144,8 +160,11 @@ class Session:
         await self._answerer.answer(request, post, lambda end: self._put(request.handle, Frame(end=end)))
 
     def _put(self, handle: int, frame: Frame) -> None:
-        self._outbox.append((handle, frame))
-        self._num_bytes += len(frame.data)
+        if len(frame.data) > MAX_FRAME_BYTES:
+            self._outbox += [(handle, part) for part in _split(frame)]
+        else:
+            self._outbox.append((handle, frame))
+        self._num_bytes += _size(frame)
         if self._num_bytes > MAX_OUTBOX_BYTES:
             self._has_room.clear()
         self._due.set()
@@ -156,6 +175,23 @@ class Session:
             await asyncio.sleep(0)
             if len(self._outbox) == num_frames:
                 return
+
+
+def _split(frame: Frame) -> Iterator[Frame]:
+    """Frames of at most MAX_FRAME_BYTES of data: what else it carries goes first, its end last."""
+    first, *middle, last = (frame.data[i : i + MAX_FRAME_BYTES] for i in range(0, len(frame.data), MAX_FRAME_BYTES))
+    yield replace(frame, data=first, end=None)
+    yield from (Frame(data=part) for part in middle)
+    yield Frame(data=last, end=frame.end)
+
+
+def _size(frame: Frame) -> int:
+    """About what a frame takes on the wire."""
+    return len(frame.data) + sum(map(_choice_size, frame.choices))
+
+
+def _choice_size(tokens: ChoiceTokens) -> int:
+    return 4 * (len(tokens.text) + len(tokens.token_ids))
 
 
 class Sessions:

@@ -49,7 +49,8 @@ class WorkerSettings(CommonSettings):
     numerics_reference: Path | None = None
     """What the model must compute; empty: it is not checked."""
     wedge_s: float = 0.0
-    """Not ready when the engine has work and makes no step for this long; 0: 30 s for vllm, 2 s for sim."""
+    """Not ready when the engine has work and makes no step for this long, and the end of the process when that lasts
+    twice as long; 0: 30 s for vllm, 2 s for sim."""
     drain_budget_s: float = 60.0
     """Longest time a drain waits for running requests and live tickets; 0: for ever."""
 

@@ -39,11 +39,15 @@ class Work:
     def _require_ready(self) -> None:
         match self._lifecycle.state:
             case State.READY:
-                return
+                self._require_fit()
             case State.DRAINING:
                 raise Draining(f"worker {self._lifecycle.instance_id} is draining")
             case state:
                 raise Unavailable(f"worker {self._lifecycle.instance_id} is {state}")
+
+    def _require_fit(self) -> None:
+        if reason := self._lifecycle.readiness().reason:
+            raise Draining(f"worker {self._lifecycle.instance_id} takes nothing new: {reason}")
 
     def _change(self, by: int) -> None:
         self.num_running += by

@@ -9,7 +9,7 @@ from inferflux.kv.arena import Arena
 from inferflux.lifecycle import Lifecycle
 from inferflux.telemetry import metrics
 from inferflux.tickets import TicketBook
-from inferflux.types import Pulse, Role
+from inferflux.types import Pulse, Role, State
 from inferflux.worker.drain import Drain
 from inferflux.worker.settings import WorkerSettings
 from inferflux.worker.work import Work
@@ -31,13 +31,19 @@ class Worker:
     arena: Arena | None = None
     book: TicketBook | None = None
 
+    @property
+    def state(self) -> State:
+        """What others hear. While a readiness check objects, a ready worker takes nothing new, as a draining one."""
+        is_vetoed = self.lifecycle.state is State.READY and not self.lifecycle.readiness().ready
+        return State.DRAINING if is_vetoed else self.lifecycle.state
+
     def pulse(self) -> Pulse:
         """Where the worker stands now."""
         load = self.engine.load()
         num_slots, num_free = self._slots()
         return Pulse(
             incarnation=self.lifecycle.incarnation,
-            state=self.lifecycle.state,
+            state=self.state,
             step=load.step,
             num_running=load.num_running,
             num_waiting=load.num_waiting,

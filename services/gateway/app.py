@@ -27,13 +27,14 @@ from services.gateway.inference import Inference, new_request_id
 from services.gateway.views import Model
 
 Models = Callable[[], tuple[Model, ...]]
+_BY_PROXY = ("forwarded", "x-forwarded-for", "via")
 
 
 @dataclass(frozen=True, slots=True)
 class Gate:
     """Lets requests through whose key has one of the scopes.
 
-    `is_open_to_loopback`: also those that come from this machine, whoever sends them.
+    `is_open_to_loopback`: also those that come from this machine, unless a proxy here says that it passes them on.
     """
 
     auth: Authenticator
@@ -42,7 +43,7 @@ class Gate:
 
     async def __call__(self, request: Request) -> None:
         """Raise Unauthenticated or PermissionDenied, or return."""
-        if self.is_open_to_loopback and _is_loopback(request):
+        if self.is_open_to_loopback and _is_loopback(request) and not _is_by_proxy(request):
             return
         principal = self.auth.authenticate(header_map(request.headers.raw))
         principal.require(*self.scopes)
@@ -165,6 +166,10 @@ def _is_loopback(request: Request) -> bool:
         return request.client is not None and ipaddress.ip_address(request.client.host).is_loopback
     except ValueError:
         return False
+
+
+def _is_by_proxy(request: Request) -> bool:
+    return any(name in request.headers for name in _BY_PROXY)
 
 
 def _json(document: dict[str, Any], status: int = 200) -> Response:

@@ -44,8 +44,10 @@ async def walk(call: Call, route: Route, reply: Reply) -> None:
             return
         call.phase, call.decode_worker = Phase.DECODE, route.decode.worker_id
         with prompts as tickets, call.span("decode") as span, route.decode.start(call, span, tickets) as stream:
-            await stream.relay(reply)
-            call.usage = stream.usage
+            try:
+                await stream.relay(reply)
+            finally:
+                call.usage = stream.usage
 
 
 async def prefill(call: Call, route: Route) -> Tickets | HttpAnswer:

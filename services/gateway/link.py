@@ -16,7 +16,7 @@ import grpc
 from inferflux.errors import InferfluxError
 from inferflux.rpc.client import to_error
 from inferflux.telemetry import metrics
-from inferflux.types import STATE_FROM_PROTO, Pulse, Role
+from inferflux.types import STATE_FROM_PROTO, Pulse, Role, State
 from inferflux.v1 import types_pb2
 from services.gateway.heart import Heart
 from services.gateway.snapshots import backoff_s
@@ -78,20 +78,21 @@ class Link(ABC):
             self._down(reason)
         return was_up
 
-    def _was_given_up(self) -> bool:
-        """A call cancelled by `give_up` raises CancelledError in its reader, just as a cancelled task does."""
+    @staticmethod
+    def _was_given_up() -> bool:
+        """A call that we cancel raises CancelledError in its reader, just as a cancelled task does."""
         task = asyncio.current_task()
         return task is not None and not task.cancelling()
 
     def _take_pulse(self, message: types_pb2.Pulse) -> None:
-        if message.state not in STATE_FROM_PROTO:
-            return
         if not self.heart.is_up:
             metrics.WORKER_UP.labels(self.role.value, self.worker_id).set(1)
             _log.info("worker up", extra={"worker": self.worker_id, "incarnation": message.incarnation})
         # A worker that was started anew may be here faster than through the registry.
         self.incarnation = max(self.incarnation, message.incarnation)
-        self.heart.beat(Pulse.from_proto(message))
+        is_known = message.state in STATE_FROM_PROTO
+        # A state that we don't know is not ready, whatever it is.
+        self.heart.beat(Pulse.from_proto(message) if is_known else Pulse(message.incarnation, State.FAILED))
 
     def _down(self, reason: str) -> None:
         if self.heart.is_up:

@@ -15,7 +15,7 @@ from typing import Any, Self
 
 import grpc
 
-from inferflux.errors import InferfluxError
+from inferflux.errors import InferfluxError, WorkerLost
 from inferflux.rpc.client import translated_errors
 from inferflux.telemetry import metrics
 from inferflux.telemetry.tracing import Span
@@ -88,6 +88,7 @@ class PrefillLink(Link):
         self._stub: Any = PrefillServiceStub(channel)
         self._hello = hello
         self._phases = metrics.PHASES.labels("prefill", self.role.value, self.worker_id)
+        self._running: set[Any] = set()
         self._returns: dict[str, Returns] = {}
         self._returning: asyncio.Task[None] | None = None
 
@@ -97,10 +98,8 @@ class PrefillLink(Link):
         Cancelling the caller aborts it on the worker. Raises InferfluxError.
         """
         request = pb.PrefillRequest(context=call.context(span), call=call.http, session_id=self._hello.session_id)
-        self.num_assigned += 1
         try:
-            with translated_errors():
-                response = await self._stub.Prefill(request)
+            response = await self._compute(request)
         except asyncio.CancelledError:
             metrics.PREFILLS.labels("cancelled").inc()
             self.disown(call.request_id)
@@ -109,14 +108,28 @@ class PrefillLink(Link):
             metrics.PREFILLS.labels("failed").inc()
             self.disown(call.request_id)
             raise
-        finally:
-            self.num_assigned -= 1
         if response.HasField("answer"):
             metrics.PREFILLS.labels("answered").inc()
             return HttpAnswer(HttpHead.from_proto(response.answer.head), response.answer.body)
         metrics.PREFILLS.labels("remote").inc()
         self._phases.inc()
         return Tickets(response.prefilled.prompts, self)
+
+    async def _compute(self, request: pb.PrefillRequest) -> pb.PrefillResponse:
+        running = self._stub.Prefill(request)
+        self._running.add(running)
+        self.num_assigned += 1
+        try:
+            with translated_errors():
+                response: pb.PrefillResponse = await running
+                return response
+        except asyncio.CancelledError:
+            if not self._was_given_up():
+                raise
+            raise WorkerLost("the prefill worker was lost") from None
+        finally:
+            self.num_assigned -= 1
+            self._running.discard(running)
 
     def release(self, ticket_ids: Iterable[str], why: str) -> None:
         """Give tickets back. Returns at once and never fails: if the worker is lost, so are its tickets."""
@@ -142,6 +155,8 @@ class PrefillLink(Link):
                     await self._stub.Release(request, timeout=RELEASE_TIMEOUT_S)
             except InferfluxError as e:
                 _log.warning("tickets not given back", extra={"worker": self.worker_id, "reason": e.reason})
+            except grpc.aio.UsageError:  # the channel is closed: the worker was dropped, its tickets went with it
+                self._returns.clear()
 
     async def _converse(self) -> None:
         call = self._call = self._stub.Watch(self._hello)
@@ -152,7 +167,9 @@ class PrefillLink(Link):
             call.cancel()
 
     def _lost(self) -> None:
-        """Calls fail by themselves, and the worker ends the tickets of a session that does not come back."""
+        """Let decode compute what runs here; the worker ends the tickets of a session that does not come back."""
+        for running in self._running:
+            running.cancel()
 
     async def _finish(self) -> None:
         if self._returning is not None:

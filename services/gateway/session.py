@@ -1,7 +1,7 @@
 """All requests of this gateway on one decode worker, over one stream.
 
 One message from the worker carries the news of many requests, so what is done here per delta is the gateway's cost per
-token: find the stream, append the bytes, wake its reader. Streams see bytes, not messages.
+token: find the stream, pass its bytes to the client.
 
 A broken stream loses its requests: each of them ends with WorkerLost, and when the stream is open again the worker is
 told to drop what it may still compute for them.
@@ -51,6 +51,7 @@ class TokenStream:
         "_error",
         "_head",
         "_last_at",
+        "_num_tokens",
         "_num_waiting",
         "_on_kv",
         "_reply",
@@ -69,6 +70,7 @@ class TokenStream:
         self._error: InferfluxError | None = None
         self._chunks: list[bytes] = []
         self._num_waiting = 0
+        self._num_tokens = 0
         self._last_at = 0.0
         self._waiter: asyncio.Future[None] | None = None
 
@@ -82,8 +84,9 @@ class TokenStream:
 
     @property
     def usage(self) -> Usage:
-        """What the request cost, once it is over."""
-        return self._end.usage if self._end is not None else Usage()
+        """What the request cost: as its worker says, or else (it is lost, or reports a failure) the tokens that came."""
+        usage = self._end.usage if self._end is not None else Usage()
+        return usage if usage != Usage() else Usage(completion_tokens=self._num_tokens)
 
     async def relay(self, reply: Reply) -> None:
         """Pass the whole response on. Raises WorkerLost, SlowConsumer, or the error that the worker reported."""
@@ -103,6 +106,8 @@ class TokenStream:
             # Its reader waits, so nothing is before these bytes.
             if self._reply is None or self._waiter is None or not self._reply.write_now(data):
                 self._keep(data)
+        for choice in delta.choices:
+            self._num_tokens += len(choice.token_ids)
         # Per request rather than per token, and cheap to rule out.
         if delta.HasField("head") or delta.kv or delta.HasField("end"):
             self._feed_rest(delta)
@@ -171,14 +176,15 @@ class DecodeSession(Link):
         }
         self._handles = count(1)
         self._streams: dict[int, TokenStream] = {}
-        self._abandoned: list[int] = []
+        self._abandoned: set[int] = set()
+        self._speaker = ""
         self._outbox: deque[pb.SessionCommand] = deque()
         self._has_mail = asyncio.Event()
 
     def start(self, call: Call, span: Span, tickets: Tickets) -> TokenStream:
         """Start a request. Its tickets hear at once what became of each. Raises WorkerLost."""
-        if not self.heart.is_up:
-            raise WorkerLost("the decode worker is not connected")
+        if not self.heart.is_ready:
+            raise WorkerLost("the decode worker takes no requests any more")
         stream = TokenStream(self, next(self._handles), tickets.settle)
         self._streams[stream.handle] = stream
         start = pb.Start(handle=stream.handle, context=call.context(span), call=call.http, prompts=tickets.prompts)
@@ -206,10 +212,13 @@ class DecodeSession(Link):
         self._has_mail.set()
 
     async def _converse(self) -> None:
+        # The worker's session outlives the stream: it must still hear what was not sent.
+        self._abandoned.update(command.cancel.handle for command in self._outbox if command.HasField("cancel"))
         self._outbox.clear()
         self._send(pb.SessionCommand(hello=self._hello))
         for handle in self._abandoned:
             self._send(_cancel(handle, "lost"))
+        self._speaker = ""
         call = self._call = self._stub.Session()
         writer = asyncio.create_task(self._write(call), name=f"session-writer-{self.worker_id}")
         writer.add_done_callback(lambda _: call.cancel())
@@ -225,13 +234,13 @@ class DecodeSession(Link):
         """The only writer: two concurrent writes would break the stream. The reader sees a broken stream as well."""
         while True:
             while self._outbox:
-                await call.write(self._outbox.popleft())
+                await call.write(self._outbox[0])
+                self._outbox.popleft()
             self._has_mail.clear()
             await self._has_mail.wait()
 
     def _receive(self, batch: pb.StepBatch) -> None:
-        if batch.incarnation < self.incarnation:
-            metrics.VERSION_REGRESSION.labels("worker").inc()
+        if batch.incarnation != self._speaker and not self._is_first(batch.incarnation):
             return
         now = monotonic()
         streams = self._streams
@@ -247,9 +256,21 @@ class DecodeSession(Link):
             self._take_pulse(batch.pulse)
             self._abandoned.clear()
 
+    def _is_first(self, incarnation: str) -> bool:
+        """Whether a stream's worker says who it is; that can be older than what the registry knows, but not change."""
+        who = {"worker": self.worker_id, "incarnation": incarnation}
+        if self._speaker:
+            metrics.VERSION_REGRESSION.labels("worker").inc()
+            _log.error("batch of another incarnation refused", extra={**who, "expected": self._speaker})
+            return False
+        if incarnation < self.incarnation:
+            _log.warning("worker has an older incarnation than registered", extra={**who, "expected": self.incarnation})
+        self._speaker = incarnation
+        return True
+
     def _lost(self) -> None:
         streams, self._streams = self._streams, {}
-        self._abandoned.extend(streams)
+        self._abandoned.update(streams)
         for stream in streams.values():
             stream.fail(WorkerLost("the decode worker was lost"))
 

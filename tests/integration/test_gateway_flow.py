@@ -420,7 +420,7 @@ async def test_what_a_lost_worker_said_is_not_in_the_answer_of_the_next():
 
 async def test_a_prefill_worker_that_goes_silent_holds_nobody_up():
     """Its requests go to decode as soon as it is given up, and their calls are cancelled."""
-    async with pair(worker_dead_s=0.5) as (_, prefill, decode, gateway):
+    async with pair(worker_dead_s=1.5) as (_, prefill, decode, gateway):
         prefill.hold.clear()
         request = asyncio.ensure_future(gateway.chat(stream=True))
         await until(lambda: prefill.num_running)

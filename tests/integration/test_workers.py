@@ -447,18 +447,43 @@ async def test_a_drain_is_over_when_its_budget_is(own: Workers) -> None:
 # --- health -----------------------------------------------------------------------------------------------------------
 
 
-async def test_an_engine_with_work_and_without_steps_is_not_ready(shared: Workers) -> None:
+async def test_a_worker_whose_engine_makes_no_steps_is_not_ready_and_then_exits(shared: Workers) -> None:
     profile = shared.home / "wedged.json"
     profile.write_text('{"step_ms": 3600000}')
-    worker = shared.worker("decode-wedged", sim_profile=str(profile), wedge_s="0.5")
+    worker = shared.worker("decode-wedged", sim_profile=str(profile), wedge_s="1")
     await until(worker.is_ready)
     async with SmallGateway.to(shared.prefill, worker) as gateway:
-        answer = await (await gateway.session()).start(completion(prompt()))
+        session = await gateway.session()
+        answer = await session.start(completion(prompt()))
 
         await until(lambda: not worker.readiness().get("ready", True))
-        assert "no step" in worker.readiness()["reason"]
+        assert (worker.readiness()["state"], "no step" in worker.readiness()["reason"]) == ("ready", True)
+        await until(lambda: session.pulse.state is State.DRAINING)
         assert answer.end is None
-    worker.kill()
+
+        await answer.wait()
+        assert (answer.end.error.reason, answer.end.error.is_retryable) == ("WORKER_LOST", True)
+    assert worker.wait() == 1
+    assert "the engine is wedged: work but no step for" in worker.log()
+
+
+@pytest.mark.parametrize("how", ["dies", "dies and hangs"])
+async def test_a_worker_whose_engine_dies_exits(shared: Workers, how: str) -> None:
+    """Also when something of the engine never ends."""
+    name = f"decode-{how.replace(' ', '-')}"
+    worker = Service("tests.support.mortal_decode", name, shared.home, SETTINGS | {"model": how})
+    worker.role = "decode"
+    shared.stack.callback(worker.kill)
+    worker.start()
+    await until(worker.is_ready)
+    async with SmallGateway.to(shared.prefill, worker) as gateway:
+        answer = await (await gateway.session()).start(completion(prompt(), model=how))
+        await answer.wait()
+        assert (answer.end.error.reason, answer.end.error.is_retryable) == ("WORKER_LOST", True)
+
+    assert worker.wait() == 1
+    assert "engine lost, the worker exits" in worker.log()
+    assert "the engine is dead" in worker.log()
 
 
 async def test_a_worker_whose_numbers_are_wrong_stays_up_and_out(shared: Workers) -> None:
@@ -491,13 +516,13 @@ def test_no_prompt_text_is_logged(shared: Workers) -> None:
 
 
 @asynccontextmanager
-async def registered(shared: Workers, name: str) -> AsyncIterator[tuple[Service, Service, Watcher]]:
+async def registered(shared: Workers, name: str, **settings: str) -> AsyncIterator[tuple[Service, Service, Watcher]]:
     """A registry, a worker that is registered with it, and a gateway's view of both."""
     with RedisServer() as redis, ExitStack() as stack:
         registry = Service("services.registry", f"registry-{name}", shared.home, {"redis_url": redis.url}).start()
         stack.callback(registry.kill)
         await until(registry.is_ready)
-        worker = shared.worker(name, registry_address=registry.address)
+        worker = shared.worker(name, registry_address=registry.address, **settings)
         async with registry.channel("gateway") as channel:
             stub = RegistryServiceStub(channel)
             watcher = Watcher(
@@ -522,6 +547,16 @@ async def test_workers_register_announce_their_drain_and_leave(workers: Workers)
             assert (await answer.wait()).end.error is None
         await watcher.until(lambda s: state_of(s) is None)
         assert worker.wait() == 0
+
+
+async def test_the_registry_hears_that_an_engine_is_wedged(workers: Workers) -> None:
+    profile = workers.home / "slow.json"
+    profile.write_text('{"step_ms": 3600000}')
+    async with registered(workers, "decode-9", sim_profile=str(profile), wedge_s="3") as (_, worker, watcher):
+        async with SmallGateway.to(workers.prefill, worker) as gateway:
+            await (await gateway.session()).start(completion(prompt()))
+            await watcher.until(lambda s: state_of(s) == types_pb2.WORKER_STATE_DRAINING)
+        worker.kill()
 
 
 async def test_the_death_of_the_registry_disturbs_nobody(workers: Workers) -> None:

@@ -108,7 +108,7 @@ class Wire:
     async def refusal(self) -> tuple[int, str]:
         """Read an error of the server itself, after which the connection ends."""
         status, body = await self.answer()
-        assert await self.reader.read() == b""
+        assert await self.is_closed()
         return status, json.loads(body)["error"]["code"]
 
     async def is_closed(self) -> bool:

@@ -17,11 +17,23 @@ from inferflux.engine.base import Engine
 from inferflux.errors import InvalidRequest, WorkerLost
 from inferflux.lifecycle import Lifecycle
 from inferflux.process import Tasks
-from inferflux.types import End, Frame, HttpCall, PrefilledPrompt, RequestContext, Role, SignedTicket
+from inferflux.types import (
+    ChoiceTokens,
+    End,
+    Frame,
+    HttpCall,
+    HttpHead,
+    KvReport,
+    PrefilledPrompt,
+    RequestContext,
+    Role,
+    SignedTicket,
+    State,
+)
 from inferflux.worker.answering import Answerer, DecodeRequest
 from inferflux.worker.drain import Drain
 from inferflux.worker.main import watch
-from inferflux.worker.sessions import Batch, Session, Sessions
+from inferflux.worker.sessions import MAX_BATCH_BYTES, MAX_FRAME_BYTES, Batch, Session, Sessions
 from inferflux.worker.settings import WorkerSettings
 from inferflux.worker.work import Work
 from inferflux.worker.worker import Worker
@@ -211,6 +223,24 @@ async def test_a_worker_that_is_not_ready_refuses() -> None:
         assert (reader.end().error.reason, reader.end().error.is_retryable) == ("DRAINING", True)
 
 
+async def test_a_worker_whose_readiness_is_vetoed_says_draining_and_takes_nothing_until_that_is_over() -> None:
+    async with serving() as (worker, sessions), Reader(session := sessions.open("s")).reading() as reader:
+        why: list[str] = ["wedged"]
+        worker.lifecycle.add_readiness("engine", lambda: why[0] if why else None)
+        await until(lambda: bool(reader.batches) and reader.batches[-1].pulse.state is State.DRAINING)
+        assert worker.lifecycle.state is State.READY
+
+        session.start(request(1))
+        await until(lambda: reader.end(1) is not None)
+        assert (reader.end(1).error.reason, reader.end(1).error.is_retryable) == ("DRAINING", True)
+
+        why.clear()
+        assert worker.pulse().state is State.READY
+        session.start(request(2))
+        await until(lambda: reader.end(2) is not None)
+        assert reader.end(2).error is None
+
+
 async def test_closing_a_draining_session_ends_its_requests_retryably_and_then_the_stream() -> None:
     async with serving() as (worker, sessions), Reader(session := sessions.open("s")).reading() as reader:
         session.start(request(max_tokens=3000))
@@ -235,12 +265,32 @@ async def test_a_worker_that_fails_ends_its_requests_with_an_error_not_as_if_the
         assert (last.end.error.reason, last.end.error.is_retryable) == ("WORKER_LOST", True)
 
 
+async def test_an_engine_that_stays_wedged_ends_the_worker(tmp_path: Path) -> None:
+    profile = tmp_path / "wedged.json"
+    profile.write_text('{"step_ms": 3600000}')
+    async with serving(sim_profile=profile, wedge_s=0.5) as (worker, sessions):
+        sessions.open("s").start(request())
+
+        with pytest.raises(WorkerLost, match="wedged: work but no step for"):
+            await watch(worker)
+        assert not worker.lifecycle.readiness().ready
+
+
 async def test_the_death_of_the_engine_ends_the_worker() -> None:
     async with a_worker() as worker:
         await worker.engine.close()
 
         with pytest.raises(WorkerLost):
             await watch(worker)
+
+
+HUGE = Frame(
+    HttpHead(200),
+    bytes(range(256)) * 40_000,
+    (ChoiceTokens(0, (1, 2), "text"),),
+    (KvReport("t-1", "unneeded"),),
+    End("stop"),
+)
 
 
 class OddEngine(Engine):
@@ -254,6 +304,9 @@ class OddEngine(Engine):
         if self._how == "raises":
             raise ValueError("prompt text: my password is hunter2")
         if self._how == "ends":
+            return
+        if self._how == "huge":
+            yield HUGE
             return
         if self._how == "late":
             for _ in range(int(context.request_id.removeprefix("r-")) % 4):
@@ -286,6 +339,32 @@ async def test_what_reaches_its_requests_a_few_turns_later_still_travels_togethe
         await until(lambda: reader.end(0) is not None)
 
         assert [len(batch.frames) for batch in reader.batches if batch.frames] == [16]
+
+
+async def test_a_huge_body_travels_in_portions() -> None:
+    """Its head and sideband first, its end last, and others' tokens in between."""
+    async with oddly_serving("huge") as session, Reader(session).reading() as reader:
+        for handle in range(3):
+            session.start(request(handle))
+        await until(lambda: all(reader.end(handle) for handle in range(3)))
+
+        for frames in map(reader.frames, range(3)):
+            assert b"".join(frame.data for frame in frames) == HUGE.data
+            assert max(len(frame.data) for frame in frames) <= MAX_FRAME_BYTES
+            first, *others = frames
+            assert (first.head, first.choices, first.kv, first.end) == (HUGE.head, HUGE.choices, HUGE.kv, None)
+            assert not any(frame.head or frame.choices or frame.kv for frame in others)
+            assert [frame.end for frame in others] == [None] * (len(others) - 1) + [HUGE.end]
+        assert max(sum(len(f.data) for _, f in batch.frames) for batch in reader.batches) <= MAX_BATCH_BYTES
+
+
+async def test_a_body_of_exactly_one_portion_is_one_frame(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("inferflux.worker.sessions.MAX_FRAME_BYTES", len(HUGE.data))
+    async with oddly_serving("huge") as session, Reader(session).reading() as reader:
+        session.start(request())
+        await until(lambda: reader.end() is not None)
+
+        assert reader.frames() == [HUGE]
 
 
 @pytest.mark.parametrize("how", ["raises", "ends", "says nothing"])
