@@ -43,7 +43,7 @@ from inferflux.worker.settings import WorkerSettings
 from inferflux.worker.work import Work
 from inferflux.worker.worker import Worker
 
-WATCH_S = 0.25
+WATCH_S = 0.5
 STOP_GRACE_S = 1.0
 # What hangs with an engine may keep the process from ending.
 EXIT_S = 15.0

@@ -27,6 +27,7 @@ from inferflux.telemetry.tracing import Span
 from inferflux.types import End, HttpHead, KvReport, Role, Usage, end_from_proto, kv_from_proto
 from inferflux.v1 import decode_service_pb2 as pb
 from inferflux.v1.decode_service_pb2_grpc import DecodeServiceStub
+from services.gateway.asgi import WriteNow
 from services.gateway.call import Call
 from services.gateway.heart import Heart
 from services.gateway.link import Link
@@ -54,9 +55,9 @@ class TokenStream:
         "_num_tokens",
         "_num_waiting",
         "_on_kv",
-        "_reply",
         "_session",
         "_waiter",
+        "_write_now",
         "handle",
     )
 
@@ -64,7 +65,7 @@ class TokenStream:
         self.handle = handle
         self._session = session
         self._on_kv = on_kv
-        self._reply: Reply | None = None
+        self._write_now: WriteNow = _not_now
         self._head: HttpHead | None = None
         self._end: End | None = None
         self._error: InferfluxError | None = None
@@ -84,7 +85,7 @@ class TokenStream:
 
     @property
     def usage(self) -> Usage:
-        """What the request cost: as its worker says, or else (it is lost, or reports a failure) the tokens that came."""
+        """What the request cost: as its worker says, or else (it is lost, or tells a failure) the tokens that came."""
         usage = self._end.usage if self._end is not None else Usage()
         return usage if usage != Usage() else Usage(completion_tokens=self._num_tokens)
 
@@ -94,23 +95,31 @@ class TokenStream:
         while await self._has_data():
             chunks, self._chunks, self._num_waiting = self._chunks, [], 0
             await reply.write(self._head, b"".join(chunks))
-            self._reply = reply if reply.is_streaming else None
+            if reply.is_streaming:
+                self._write_now = reply.write_now
         await reply.finish(self._head)
 
     def feed(self, delta: pb.Delta, now: float) -> None:
-        """Take what the worker sent. `now` is the same for a whole batch."""
+        """Take one delta of a batch; `flush` once after the last. `now` is the same for all of them."""
         if data := delta.data:
             if self._last_at:
                 self._session.gaps.observe(now - self._last_at)
             self._last_at = now
-            # Its reader waits, so nothing is before these bytes.
-            if self._reply is None or self._waiter is None or not self._reply.write_now(data):
-                self._keep(data)
+            self._keep(data)
         for choice in delta.choices:
             self._num_tokens += len(choice.token_ids)
         # Per request rather than per token, and cheap to rule out.
         if delta.HasField("head") or delta.kv or delta.HasField("end"):
             self._feed_rest(delta)
+
+    def flush(self) -> None:
+        """Pass on what a batch brought: straight to the client if it can take it now, else through the relay."""
+        # While the relay waits, nothing is before these bytes.
+        if self._chunks and self._waiter is not None and self._write_now(b"".join(self._chunks)):
+            self._chunks.clear()
+            self._num_waiting = 0
+        if self._chunks or self._end is not None:
+            self._wake()
 
     def fail(self, error: InferfluxError) -> None:
         """End the stream; what is kept is still delivered, unless its reader is the problem."""
@@ -137,7 +146,6 @@ class TokenStream:
             return
         self._chunks.append(data)
         self._num_waiting += len(data)
-        self._wake()
 
     def _feed_rest(self, delta: pb.Delta) -> None:
         if delta.HasField("head"):
@@ -149,7 +157,6 @@ class TokenStream:
             self._end = end_from_proto(delta.end)
             if (error := self._end.error) is not None:
                 self.fail(error_of(error.reason, error.message))
-            self._wake()
 
     def _wake(self) -> None:
         waiter, self._waiter = self._waiter, None
@@ -243,15 +250,20 @@ class DecodeSession(Link):
         if batch.incarnation != self._speaker and not self._is_first(batch.incarnation):
             return
         now = monotonic()
-        streams = self._streams
+        touched: dict[int, TokenStream] = {}
         for delta in batch.deltas:
-            stream = streams.get(delta.handle)
+            handle = delta.handle
+            stream = self._streams.get(handle)
             if stream is not None:
+                touched[handle] = stream
                 try:
                     stream.feed(delta, now)
                 except Exception as e:  # noqa: BLE001 - one request's trouble must not end the others'
                     _log.error("delta not taken", exc_info=e, extra={"worker": self.worker_id})
                     stream.fail(Internal("internal error"))
+        # All of it before any of the system calls, which leave the processor's caches cold for our code.
+        for stream in touched.values():
+            stream.flush()
         if batch.HasField("pulse"):
             self._take_pulse(batch.pulse)
             self._abandoned.clear()
@@ -273,6 +285,11 @@ class DecodeSession(Link):
         self._abandoned.update(streams)
         for stream in streams.values():
             stream.fail(WorkerLost("the decode worker was lost"))
+
+
+def _not_now(_: bytes) -> bool:
+    """Stand in for a client that can't be written to without waiting."""
+    return False
 
 
 def _cancel(handle: int, why: str) -> pb.SessionCommand:
