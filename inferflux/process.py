@@ -25,7 +25,7 @@ from inferflux.ops import OpsServer
 from inferflux.telemetry import logs, metrics, tracing
 from inferflux.types import State
 
-LAG_INTERVAL_S = 1.0
+LAG_INTERVAL_S = 0.5
 LAG_WARNING_S = 0.5
 EXIT_OK, EXIT_FAILED, EXIT_CONFIG = 0, 1, 2
 _PR_SET_PDEATHSIG = 1
