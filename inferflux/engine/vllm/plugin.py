@@ -77,16 +77,25 @@ def share_the_only_group() -> None:
 
     Each gloo group keeps a thread that wakes up 100 times a second; 13 of them cost an idle engine 1.7% of a core.
     """
-    new_group = torch.distributed.new_group
+    new_group, destroy = torch.distributed.new_group, torch.distributed.destroy_process_group
     if getattr(new_group, "_inferflux", False):
         return
+    shared: list[Any] = []
 
     def new_or_only_group(*args: Any, **kwargs: Any) -> Any:
-        is_alone = torch.distributed.get_world_size() == 1
-        return torch.distributed.group.WORLD if is_alone else new_group(*args, **kwargs)
+        if torch.distributed.get_world_size() > 1:
+            return new_group(*args, **kwargs)
+        shared.append(torch.distributed.group.WORLD)
+        return shared[-1]
+
+    def destroy_unless_shared(group: Any = None) -> None:
+        """Leave a shared group to whoever ends the whole world (None)."""
+        if group is None or not any(group is other for other in shared):
+            destroy(group)
 
     new_or_only_group._inferflux = True  # type: ignore[attr-defined]  # noqa: SLF001
     torch.distributed.new_group = new_or_only_group
+    torch.distributed.destroy_process_group = destroy_unless_shared
 
 
 def delivered_tokens(sampling_params: Any) -> Sequence[int]:
