@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from enum import StrEnum
 
+from inferflux.errors import InferfluxError
 from inferflux.v1 import decode_service_pb2 as decode_pb
 from inferflux.v1 import types_pb2 as pb
 
@@ -209,6 +210,11 @@ class ErrorDetail:
     message: str
     http_status: int = 500
     is_retryable: bool = False
+
+    @classmethod
+    def of(cls, error: InferfluxError) -> ErrorDetail:
+        """What a caller may know of an error."""
+        return cls(error.reason, error.message, error.http_status, error.is_retryable)
 
 
 @dataclass(frozen=True, slots=True)

@@ -126,4 +126,4 @@ def _presentable(error: Exception) -> InferfluxError:
 
 
 def _failed(error: InferfluxError) -> End:
-    return End(error=ErrorDetail(error.reason, error.message, error.http_status, error.is_retryable))
+    return End(error=ErrorDetail.of(error))

@@ -16,7 +16,6 @@ from inferflux.engine.vllm.transfer import Report
 from inferflux.errors import (
     ConfigError,
     EngineFailed,
-    InferfluxError,
     Internal,
     NumericsMismatch,
     Unavailable,
@@ -166,9 +165,9 @@ class VllmEngine(Engine):
     def _end(self, phase: DecodePhase) -> End:
         error = None
         if self._llm.errored:
-            error = _detail(WorkerLost("the worker's engine died"))
+            error = ErrorDetail.of(WorkerLost("the worker's engine died"))
         elif phase.has_failed:
-            error = _detail(EngineFailed("the engine could not finish the request"))
+            error = ErrorDetail.of(EngineFailed("the engine could not finish the request"))
         return End(phase.finish_reason, phase.usage, error)
 
     def _raise_if_dead(self) -> None:
@@ -187,10 +186,6 @@ class VllmEngine(Engine):
             self._started.shutdown()
             self._started = None
         self._reports.close()
-
-
-def _detail(error: InferfluxError) -> ErrorDetail:
-    return ErrorDetail(error.reason, error.message, error.http_status, error.is_retryable)
 
 
 def _packing(config: Any) -> str:

@@ -107,6 +107,8 @@ class DecodePhase(Phase):
 
     def _take_source(self, prompt: Any) -> KvSource | None:
         """Each source serves one prompt: equal prompts of one call have a ticket and a first token each."""
+        if not self._sources:
+            return None
         digest = prompt_digest(prompt_ids(prompt))
         source = next((source for source in self._sources if source.prompt_digest == digest), None)
         if source is not None:
