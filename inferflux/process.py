@@ -19,6 +19,7 @@ from typing import Any, NoReturn, Protocol, Self
 
 import uvloop
 
+from inferflux.clock import until_tick
 from inferflux.errors import ConfigError, InferfluxError
 from inferflux.lifecycle import Lifecycle
 from inferflux.ops import OpsServer
@@ -180,8 +181,9 @@ async def _watch_lag() -> None:
     """Measure how late the loop runs a timer: everything this process serves was late by as much."""
     loop = asyncio.get_running_loop()
     while True:
-        due_at = loop.time() + LAG_INTERVAL_S
-        await asyncio.sleep(LAG_INTERVAL_S)
+        span_s = until_tick(LAG_INTERVAL_S)
+        due_at = loop.time() + span_s
+        await asyncio.sleep(span_s)
         lag_s = max(0.0, loop.time() - due_at)
         metrics.LOOP_LAG.observe(lag_s)
         if lag_s > LAG_WARNING_S:

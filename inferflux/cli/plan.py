@@ -184,6 +184,7 @@ def redis(home: Home, env: Mapping[str, str]) -> ProcessSpec:
         "appendonly": "yes",
         "save": "",
         "daemonize": "no",
+        "hz": "1",  # housekeeping rounds a second: there is hardly anything to keep, and an idle laptop should sleep
     }
     command = (str(redis_binary()), *(part for k, v in flags.items() for part in (f"--{k}", v)))
     return ProcessSpec("redis", "redis-0", command, Path(path), home.logs / "redis-0.log", env)

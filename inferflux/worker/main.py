@@ -19,7 +19,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 
 import grpc
 
-from inferflux.clock import SystemClock
+from inferflux.clock import SystemClock, until_tick
 from inferflux.config import load
 from inferflux.engine import create
 from inferflux.engine.base import EngineInfo
@@ -207,7 +207,7 @@ async def watch(worker: Worker) -> None:
         objection = progress.observe(load)
         if progress.is_hopeless:
             raise WorkerLost(f"the engine is wedged: {objection}")
-        await asyncio.sleep(WATCH_S)
+        await asyncio.sleep(until_tick(WATCH_S))
 
 
 async def _guard(worker: Worker) -> None:

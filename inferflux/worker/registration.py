@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import grpc
 
+from inferflux.clock import until_tick
 from inferflux.errors import InferfluxError
 from inferflux.rpc.client import translated_errors
 from inferflux.types import ROLE_TO_PROTO, STATE_TO_PROTO
@@ -43,7 +44,7 @@ class Registration:
             self._changed.clear()
             await self._renew()
             with suppress(TimeoutError):
-                async with asyncio.timeout(PERIOD_S):
+                async with asyncio.timeout(until_tick(PERIOD_S)):
                     await self._changed.wait()
 
     def announce(self) -> None:
@@ -58,11 +59,15 @@ class Registration:
             await self._stub.DeregisterWorker(request, timeout=TIMEOUT_S)
 
     async def _renew(self) -> None:
+        """Send the record. The time limit is ours, not gRPC's: its timers wake up threads, here and in the registry."""
         try:
             with translated_errors():
-                await self._stub.RegisterWorker(self._request(), timeout=TIMEOUT_S)
+                async with asyncio.timeout(TIMEOUT_S):
+                    await self._stub.RegisterWorker(self._request())
         except InferfluxError as e:
             self._note(is_known=False, reason=e.reason)
+        except TimeoutError:
+            self._note(is_known=False, reason="timeout")
         else:
             self._note(is_known=True)
 

@@ -14,6 +14,7 @@ from collections.abc import AsyncGenerator, Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
+from inferflux.clock import until_tick
 from inferflux.errors import InvalidRequest
 from inferflux.process import Tasks
 from inferflux.telemetry import metrics
@@ -60,7 +61,7 @@ class Stream:
         while await self._wait_until(pulse_at):
             pulse = None
             if loop.time() >= pulse_at:
-                pulse, pulse_at = self._session.pulse(), loop.time() + PULSE_S
+                pulse, pulse_at = self._session.pulse(), loop.time() + until_tick(PULSE_S)
             frames = self._session.take()
             if frames or pulse:
                 yield Batch(frames, pulse)

@@ -14,6 +14,7 @@ from itertools import chain, count
 from types import TracebackType
 from typing import Generic, Self, TypeVar
 
+from inferflux.clock import until_tick
 from inferflux.errors import ModelNotFound, Unavailable
 from inferflux.process import Tasks
 from inferflux.rpc.client import open_channel
@@ -135,7 +136,7 @@ class Pool:
     async def watch_hearts(self) -> None:
         """Give up streams that went silent; run until cancelled."""
         while True:
-            await asyncio.sleep(TICK_S)
+            await asyncio.sleep(until_tick(TICK_S))
             for peer in self._peers():
                 peer.link.heart.tick()
                 if peer.link.heart.is_dead:

@@ -14,7 +14,7 @@ import logging
 import random
 from collections.abc import Callable
 
-from inferflux.clock import Clock
+from inferflux.clock import Clock, until_tick
 from inferflux.errors import InvalidRequest, Unavailable
 from inferflux.feed import Feed
 from inferflux.telemetry.metrics import SNAPSHOT_REVISION, STORE_UP
@@ -95,7 +95,7 @@ class Keeper:
                     self._note(is_up=True)
                     backoff_s = 0.05
                     while True:
-                        await wait(RECHECK_S)
+                        await wait(until_tick(RECHECK_S))
                         await self.refresh()
             except Unavailable as e:
                 self._note(is_up=False, reason=e.message)

@@ -7,6 +7,7 @@ import sys
 
 import grpc
 
+from inferflux.clock import until_tick
 from inferflux.process import Tasks
 from inferflux.types import Role
 from inferflux.v1.prefill_service_pb2_grpc import add_PrefillServiceServicer_to_server
@@ -40,7 +41,7 @@ class PrefillPart(Part):
         """Sweep on a timer of its own: reclaiming must not depend on new work arriving."""
         while True:
             self._book.sweep()
-            await asyncio.sleep(SWEEP_S)
+            await asyncio.sleep(until_tick(SWEEP_S))
 
     async def wait_over(self) -> None:
         """Wait until no ticket is live: decode workers may still read from here."""

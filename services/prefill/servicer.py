@@ -11,6 +11,7 @@ from typing import Any
 
 import grpc
 
+from inferflux.clock import until_tick
 from inferflux.errors import InvalidRequest
 from inferflux.types import HttpAnswer, HttpCall, Pulse, RequestContext
 from inferflux.v1 import prefill_service_pb2 as pb
@@ -73,7 +74,7 @@ class PrefillServicer(PrefillServiceServicer):
             while not self._closed.is_set():
                 yield pb.WatchResponse(pulse=self._pulse().to_proto())
                 with suppress(TimeoutError):
-                    async with asyncio.timeout(PULSE_S):
+                    async with asyncio.timeout(until_tick(PULSE_S)):
                         await self._closed.wait()
 
 

@@ -16,7 +16,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from inferflux.clock import Clock
+from inferflux.clock import Clock, until_tick
 from inferflux.errors import Conflict, InvalidRequest, Unavailable
 from inferflux.feed import Feed
 from inferflux.telemetry.metrics import SNAPSHOT_REVISION, STORE_UP
@@ -122,7 +122,7 @@ class Directory:
     async def run_leases(self) -> None:
         """End leases in time, for ever."""
         while True:
-            await asyncio.sleep(TICK_S)
+            await asyncio.sleep(until_tick(TICK_S))
             self.tick()
 
     def tick(self) -> None:
@@ -139,7 +139,7 @@ class Directory:
     async def run_writer(self) -> None:
         """Mirror our leases for ever: at once when they change, and each second while there are other replicas."""
         while True:
-            await _wait(self._changed, MIRROR_S)
+            await _wait(self._changed, until_tick(MIRROR_S))
             if self._changed.is_set() or self._sightings:
                 try:
                     await self._write()
@@ -157,7 +157,7 @@ class Directory:
                     self._note(is_up=True)
                     backoff_s = 0.05
                     while True:
-                        await wait(MIRROR_S)
+                        await wait(until_tick(MIRROR_S))
                         await self._read()
             except Unavailable as e:
                 self._note(is_up=False, reason=e.message)
