@@ -24,8 +24,8 @@ class Clock(Protocol):
 def until_tick(period_s: float) -> float:
     """Seconds until the next multiple of a period on the running loop's clock: what to sleep between two rounds.
 
-    Periodic work of a process, and of its neighbours on the machine, then wakes up together. A wake-up of an idle process
-    costs more than the work it does: its code and data have left the caches.
+    Periodic work of a process, and of its neighbours on the machine, then wakes up together. A wake-up of an idle
+    process costs more than the work it does: its code and data have left the caches.
     """
     left_s = period_s - asyncio.get_running_loop().time() % period_s
     return left_s if left_s > period_s / 10 else left_s + period_s  # a timer may ring a little early

@@ -75,7 +75,10 @@ class HttpAnswer:
 
 @dataclass(frozen=True, slots=True)
 class RequestContext:
-    """What every hop knows about a request. `time_left_s`: None = no deadline."""
+    """What every hop knows about a request. `time_left_s`: None = no deadline.
+
+    `created_s`: Unix time at which the gateway took it; part of the response, so the same on every worker.
+    """
 
     request_id: str
     tenant: str = "default"
@@ -83,6 +86,7 @@ class RequestContext:
     traceparent: str = ""
     time_left_s: float | None = None
     priority: int = 0
+    created_s: int = 0
 
     def to_proto(self) -> pb.RequestContext:
         message = pb.RequestContext(
@@ -91,6 +95,7 @@ class RequestContext:
             cache_salt=self.cache_salt,
             traceparent=self.traceparent,
             priority=self.priority,
+            created=self.created_s,
         )
         if self.time_left_s is not None:
             message.time_left.FromTimedelta(timedelta(seconds=self.time_left_s))
@@ -100,7 +105,13 @@ class RequestContext:
     def from_proto(cls, message: pb.RequestContext) -> RequestContext:
         time_left_s = message.time_left.ToTimedelta().total_seconds() if message.HasField("time_left") else None
         return cls(
-            message.request_id, message.tenant, message.cache_salt, message.traceparent, time_left_s, message.priority
+            message.request_id,
+            message.tenant,
+            message.cache_salt,
+            message.traceparent,
+            time_left_s,
+            message.priority,
+            message.created,
         )
 
 
@@ -180,6 +191,17 @@ class ChoiceTokens:
     index: int
     token_ids: tuple[int, ...]
     text: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Delivered:
+    """How far another worker got with a request.
+
+    `tokens` in the order and grouping in which it sent them; `num_events`: frames with data that were taken from it.
+    """
+
+    tokens: tuple[ChoiceTokens, ...] = ()
+    num_events: int = 0
 
 
 @dataclass(frozen=True, slots=True)

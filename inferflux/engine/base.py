@@ -14,7 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 
-from inferflux.types import ChoiceTokens, Frame, HttpAnswer, HttpCall, ModelFingerprint, RequestContext
+from inferflux.types import Delivered, Frame, HttpAnswer, HttpCall, ModelFingerprint, RequestContext
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,13 +123,18 @@ class Engine(ABC):
         context: RequestContext,
         call: HttpCall,
         sources: Sequence[KvSource] = (),
-        delivered: Sequence[ChoiceTokens] = (),
+        delivered: Delivered | None = None,
     ) -> AsyncGenerator[Frame]:
         """Answer `call`, reading the blocks of `sources` instead of computing their prompts.
 
         Also serves calls that do not generate (tokenize...). Yields frames as inferflux.types.Frame describes. A source
         whose blocks can't be used is reported in `Frame.kv` as recomputed and the prompt is computed here. The caller
         closes the generator.
+
+        `delivered`: the request was begun on another worker. Its tokens are output here (limits, penalties, grammar,
+        stop strings, seeds and counts go on from them), the same response is written again, and of its frames with
+        data the first `num_events` are left out. So the frames with data of a streamed response must follow from
+        `context`, `call` and the grouping of the tokens alone: no clock, no random ids.
         """
 
     @abstractmethod

@@ -124,8 +124,11 @@ class Start(_message.Message):
     CALL_FIELD_NUMBER: _builtins.int
     PROMPTS_FIELD_NUMBER: _builtins.int
     DELIVERED_FIELD_NUMBER: _builtins.int
+    NUM_EVENTS_FIELD_NUMBER: _builtins.int
     handle: _builtins.int
     """Chosen by the gateway, unique in the session, never used again."""
+    num_events: _builtins.int
+    """How many deltas with data of that worker's response were taken; the same number is left out of this one."""
     @_builtins.property
     def context(self) -> _types_pb2.RequestContext:
         """Who asks and until when."""
@@ -140,7 +143,9 @@ class Start(_message.Message):
 
     @_builtins.property
     def delivered(self) -> _containers.RepeatedCompositeFieldContainer[Global___ChoiceTokens]:
-        """Tokens delivered before on another worker, by choice; the request continues after them."""
+        """Tokens that another worker has sampled for this request, in the order and grouping of its deltas. They count as
+        output; sampling goes on after them.
+        """
 
     def __init__(
         self,
@@ -150,10 +155,11 @@ class Start(_message.Message):
         call: _types_pb2.HttpCall | None = ...,
         prompts: _abc.Iterable[_types_pb2.PrefilledPrompt] | None = ...,
         delivered: _abc.Iterable[Global___ChoiceTokens] | None = ...,
+        num_events: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["call", b"call", "context", b"context"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["call", b"call", "context", b"context", "delivered", b"delivered", "handle", b"handle", "prompts", b"prompts"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["call", b"call", "context", b"context", "delivered", b"delivered", "handle", b"handle", "num_events", b"num_events", "prompts", b"prompts"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

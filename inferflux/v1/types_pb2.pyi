@@ -210,6 +210,7 @@ class RequestContext(_message.Message):
     TRACEPARENT_FIELD_NUMBER: _builtins.int
     TIME_LEFT_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
+    CREATED_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Unique for the cluster; in every log line, span and RPC."""
     tenant: _builtins.str
@@ -220,6 +221,10 @@ class RequestContext(_message.Message):
     """W3C trace context of the calling span; empty when tracing is off."""
     priority: _builtins.int
     """Lower runs first; 0 is normal."""
+    created: _builtins.int
+    """Unix time in seconds at which the gateway took the request: what responses say they were created at, whichever
+    worker writes them.
+    """
     @_builtins.property
     def time_left(self) -> _duration_pb2.Duration:
         """Time left until the request's one absolute deadline. Unset: none."""
@@ -233,10 +238,11 @@ class RequestContext(_message.Message):
         traceparent: _builtins.str = ...,
         time_left: _duration_pb2.Duration | None = ...,
         priority: _builtins.int = ...,
+        created: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["time_left", b"time_left"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "priority", b"priority", "request_id", b"request_id", "tenant", b"tenant", "time_left", b"time_left", "traceparent", b"traceparent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "created", b"created", "priority", b"priority", "request_id", b"request_id", "tenant", b"tenant", "time_left", b"time_left", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

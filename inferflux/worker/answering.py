@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from inferflux.engine.base import KvSource
 from inferflux.errors import Draining, InferfluxError, Internal, WorkerLost
 from inferflux.telemetry import logs, metrics, tracing
-from inferflux.types import ChoiceTokens, End, ErrorDetail, Frame, HttpCall, KvReport, PrefilledPrompt, RequestContext
+from inferflux.types import Delivered, End, ErrorDetail, Frame, HttpCall, KvReport, PrefilledPrompt, RequestContext
 from inferflux.worker.deadline import deadline
 from inferflux.worker.record import RequestRecord
 from inferflux.worker.sources import TicketGate
@@ -35,7 +35,7 @@ class DecodeRequest:
     context: RequestContext
     call: HttpCall
     prompts: tuple[PrefilledPrompt, ...] = ()
-    delivered: tuple[ChoiceTokens, ...] = ()
+    delivered: Delivered | None = None
 
 
 class Answerer:

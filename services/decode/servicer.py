@@ -11,7 +11,7 @@ from typing import Any
 import grpc
 
 from inferflux.errors import InvalidRequest
-from inferflux.types import ChoiceTokens, HttpCall, PrefilledPrompt, RequestContext, frame_to_proto
+from inferflux.types import ChoiceTokens, Delivered, HttpCall, PrefilledPrompt, RequestContext, frame_to_proto
 from inferflux.v1 import decode_service_pb2 as pb
 from inferflux.v1.decode_service_pb2_grpc import DecodeServiceServicer
 from inferflux.worker.answering import DecodeRequest
@@ -85,5 +85,10 @@ def _request(start: pb.Start) -> DecodeRequest:
         context=RequestContext.from_proto(start.context),
         call=HttpCall.from_proto(start.call),
         prompts=tuple(map(PrefilledPrompt.from_proto, start.prompts)),
-        delivered=tuple(ChoiceTokens(c.index, tuple(c.token_ids), c.text) for c in start.delivered),
+        delivered=_delivered(start),
     )
+
+
+def _delivered(start: pb.Start) -> Delivered | None:
+    tokens = tuple(ChoiceTokens(c.index, tuple(c.token_ids), c.text) for c in start.delivered)
+    return Delivered(tokens, start.num_events) if tokens or start.num_events else None

@@ -26,7 +26,10 @@ class Phase(StrEnum):
 
 @dataclass(slots=True)
 class Call:
-    """One request. Instants are in the loop's time. The fields from `phase` on change as it proceeds."""
+    """One request. Instants are in the loop's time; `created_s` is Unix time.
+
+    The fields from `phase` on change as it proceeds.
+    """
 
     request_id: str
     endpoint: Endpoint
@@ -35,6 +38,7 @@ class Call:
     http: types_pb2.HttpCall
     received_at: float
     deadline_at: float
+    created_s: int = 0
     traceparent: str = ""
     phase: Phase = Phase.ROUTING
     prefill_worker: str = ""
@@ -58,6 +62,7 @@ class Call:
             cache_salt=self.principal.cache_salt,
             traceparent=span.traceparent,
             priority=self.principal.priority,
+            created=self.created_s,
         )
         time_left_s = max(0.0, self.deadline_at - asyncio.get_running_loop().time())
         context.time_left.FromMilliseconds(int(time_left_s * 1000))

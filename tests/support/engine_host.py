@@ -27,7 +27,7 @@ from inferflux.engine.base import ComputedPrompt, Engine, EngineInfo, EngineLoad
 from inferflux.engine.options import EngineOptions
 from inferflux.kv.arena import Arena
 from inferflux.kv.shm import ArenaServer
-from inferflux.types import ChoiceTokens, Frame, HttpAnswer, HttpCall, RequestContext, Role
+from inferflux.types import Delivered, Frame, HttpAnswer, HttpCall, RequestContext, Role
 
 REPOSITORY = Path(__file__).parents[2]
 INCARNATION = "incarnation-1"
@@ -203,10 +203,10 @@ class HostedEngine:
         context: RequestContext,
         call: HttpCall,
         sources: Sequence[KvSource] = (),
-        delivered: Sequence[ChoiceTokens] = (),
+        delivered: Delivered | None = None,
     ) -> AsyncIterator[Frame]:
         """Close the generator to cancel."""
-        async with self._call("generate", context, call, tuple(sources), tuple(delivered)) as reader:
+        async with self._call("generate", context, call, tuple(sources), delivered) as reader:
             while (message := pickle.loads(await _read(reader))) != DONE:  # noqa: S301 - from our child
                 if isinstance(message, Exception):
                     raise message

@@ -24,7 +24,7 @@ from inferflux.engine.sim.sequence import Choice, Emitted, Event, Job, Sampling,
 from inferflux.errors import ArenaFull, ConfigError, NumericsMismatch
 from inferflux.kv.arena import Arena
 from inferflux.kv.digests import block_digest, prompt_digest
-from inferflux.types import ChoiceTokens, End, Frame, HttpAnswer, HttpCall, KvReport, ModelFingerprint, RequestContext
+from inferflux.types import Delivered, End, Frame, HttpAnswer, HttpCall, KvReport, ModelFingerprint, RequestContext
 
 LAYOUT = "sim-1"
 
@@ -99,7 +99,7 @@ class SimEngine(Engine):
         context: RequestContext,
         call: HttpCall,
         sources: Sequence[KvSource] = (),
-        delivered: Sequence[ChoiceTokens] = (),
+        delivered: Delivered | None = None,
     ) -> AsyncGenerator[Frame]:
         plan = self._app.read(call, context.request_id)
         if isinstance(plan, HttpAnswer):
@@ -141,10 +141,10 @@ class SimEngine(Engine):
 
     # Jobs
 
-    def _jobs(self, context: RequestContext, inbox: Inbox, plan: Plan, delivered: Sequence[ChoiceTokens]) -> list[Job]:
+    def _jobs(self, context: RequestContext, inbox: Inbox, plan: Plan, delivered: Delivered | None) -> list[Job]:
         how = plan.sampling
         jobs = [self._job(context, inbox, prompt, how, i * how.n) for i, prompt in enumerate(plan.prompts)]
-        output = {tokens.index: tokens.token_ids for tokens in delivered}
+        output = {tokens.index: tokens.token_ids for tokens in (delivered or Delivered()).tokens}
         for job in jobs:
             for choice in job.choices:
                 choice.resume(output.get(choice.index, ()), job.limit)

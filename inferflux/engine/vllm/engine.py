@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from inferflux.engine.options import EngineOptions
     from inferflux.engine.vllm.llm import DecodePhase, TicketLLM
     from inferflux.kv.arena import Arena
-    from inferflux.types import ChoiceTokens, HttpCall
+    from inferflux.types import Delivered, HttpCall
 
 
 class VllmEngine(Engine):
@@ -143,7 +143,7 @@ class VllmEngine(Engine):
         context: RequestContext,
         call: HttpCall,
         sources: Sequence[KvSource] = (),
-        delivered: Sequence[ChoiceTokens] = (),
+        delivered: Delivered | None = None,
     ) -> AsyncGenerator[Frame]:
         """See Engine.generate. Continuing after delivered tokens is not possible yet: an error, not a repetition."""
         if delivered:

@@ -20,7 +20,7 @@ from inferflux.engine.sim.profile import INSTANT
 from inferflux.errors import ConfigError, Internal, InvalidRequest, NumericsMismatch, WorkerLost
 from inferflux.kv.arena import Arena
 from inferflux.kv.shm import ArenaServer
-from inferflux.types import ChoiceTokens, Frame, HttpCall, RequestContext, Role
+from inferflux.types import ChoiceTokens, Delivered, Frame, HttpCall, RequestContext, Role
 from tests.support.service import until
 
 OPTIONS = EngineOptions("m", Role.DECODE, kv_cache_bytes=4 << 20, sim_profile=INSTANT)
@@ -81,7 +81,7 @@ async def frames_of(
     engine: Engine,
     body: HttpCall,
     sources: Sequence[KvSource] = (),
-    delivered: Sequence[ChoiceTokens] = (),
+    delivered: Delivered | None = None,
     context: RequestContext = CONTEXT,
 ) -> list[Frame]:
     async with aclosing(engine.generate(context, body, sources, delivered)) as frames:
@@ -136,7 +136,7 @@ async def test_a_stream_goes_on_after_the_tokens_that_were_delivered(
 ) -> None:
     async with running() as engine, running() as other:
         whole = await frames_of(engine, call(stream=True, **fields))
-        delivered = [ChoiceTokens(0, tuple(tokens(whole)[:num_delivered]))]
+        delivered = Delivered((ChoiceTokens(0, tuple(tokens(whole)[:num_delivered])),))
 
         rest = await frames_of(other, call(stream=True, **fields), delivered=delivered)
 
@@ -149,7 +149,7 @@ async def test_a_resumed_stream_has_no_second_opening() -> None:
     async with running() as engine:
         whole = await frames_of(engine, chat)
 
-        rest = await frames_of(engine, chat, delivered=[ChoiceTokens(0, tuple(tokens(whole)[:3]))])
+        rest = await frames_of(engine, chat, delivered=Delivered((ChoiceTokens(0, tuple(tokens(whole)[:3])),)))
 
         assert b'"role"' in body(whole)
         assert b'"role"' not in body(rest)
@@ -159,7 +159,7 @@ async def test_a_resumed_whole_response_is_whole() -> None:
     async with running() as engine:
         whole = await frames_of(engine, call())
 
-        resumed = await frames_of(engine, call(), delivered=[ChoiceTokens(0, tuple(tokens(whole)[:3]))])
+        resumed = await frames_of(engine, call(), delivered=Delivered((ChoiceTokens(0, tuple(tokens(whole)[:3])),)))
 
         assert json.loads(body(resumed))["choices"] == json.loads(body(whole))["choices"]
 
