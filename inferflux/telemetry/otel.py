@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -23,10 +24,11 @@ _PROPAGATOR = TraceContextTextMapPropagator()
 class OtelSpan:
     """A recorded span."""
 
-    __slots__ = ("_span", "traceparent")
+    __slots__ = ("_span", "_tracer", "traceparent")
 
-    def __init__(self, span: trace.Span) -> None:
+    def __init__(self, span: trace.Span, tracer: trace.Tracer) -> None:
         self._span = span
+        self._tracer = tracer
         self.traceparent = _inject(span)
 
     def set(self, key: str, value: AttributeValue) -> None:
@@ -34,6 +36,11 @@ class OtelSpan:
 
     def event(self, name: str) -> None:
         self._span.add_event(name)
+
+    def past(self, name: str, duration_s: float, attributes: Attributes) -> None:
+        start_ns = time.time_ns() - int(duration_s * 1e9)
+        parent = trace.set_span_in_context(self._span)
+        self._tracer.start_span(name, parent, attributes=attributes, start_time=start_ns).end()
 
 
 class OtelTracer:
@@ -52,7 +59,7 @@ class OtelTracer:
         parent = _PROPAGATOR.extract({"traceparent": parent_traceparent})
         span = self._tracer.start_span(name, parent, attributes=attributes)
         try:
-            yield OtelSpan(span)
+            yield OtelSpan(span, self._tracer)
         except BaseException as e:
             span.set_status(trace.StatusCode.ERROR, type(e).__name__)
             raise

@@ -23,6 +23,7 @@ RATIO_VARIABLE = "OTEL_TRACES_SAMPLER_ARG"
 DEFAULT_RATIO = "0.1"
 _TRACEPARENT = re.compile(r"00-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
 AttributeValue = str | bool | int | float
+Attributes = Mapping[str, AttributeValue]
 
 
 class Span(Protocol):
@@ -38,8 +39,10 @@ class Span(Protocol):
     def event(self, name: str) -> None:
         """Mark an instant."""
 
+    def past(self, name: str, duration_s: float, attributes: Attributes) -> None:
+        """Record a child that ends now and began `duration_s` ago: work of a thread or process that tells afterwards."""
 
-Attributes = Mapping[str, AttributeValue]
+
 StartSpan = Callable[[str, str, Attributes], AbstractContextManager[Span]]
 
 
@@ -55,6 +58,9 @@ class PassingSpan:
         """Nothing to record."""
 
     def event(self, name: str) -> None:
+        """Nothing to record."""
+
+    def past(self, name: str, duration_s: float, attributes: Attributes) -> None:
         """Nothing to record."""
 
     def __enter__(self) -> Self:

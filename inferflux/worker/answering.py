@@ -107,15 +107,22 @@ def _noted(frame: Frame, record: RequestRecord, span: tracing.Span, model: str) 
 
 
 def _note_kv(report: KvReport, span: tracing.Span) -> None:
-    span.event(f"kv {report.result} {report.reason}".rstrip())
+    span.past("kv transfer", report.transfer_s, _kv_attributes(report))
     if report.result == "recomputed":
         metrics.KV_REJECTED.labels(report.reason).inc()
         _log.warning("kv not used", extra={"ticket_id": report.ticket_id, "reason": report.reason})
     elif report.result == "committed":
-        span.set("inferflux.kv.num_bytes", report.num_bytes)
-        span.set("inferflux.kv.transfer_s", report.transfer_s)
         metrics.KV_TRANSFER_BYTES.labels("shm").inc(report.num_bytes)
         metrics.KV_TRANSFER_SECONDS.labels("shm").observe(report.transfer_s)
+
+
+def _kv_attributes(report: KvReport) -> tracing.Attributes:
+    return {
+        "inferflux.kv.result": report.result,
+        "inferflux.kv.reason": report.reason,
+        "inferflux.kv.num_bytes": report.num_bytes,
+        "inferflux.kv.ticket_id": report.ticket_id,
+    }
 
 
 def _presentable(error: Exception) -> InferfluxError:

@@ -188,16 +188,19 @@ def test_spans_of_a_request_form_one_trace(collector: Collector, monkeypatch: py
         with tracing.start_span("prefill", outer.traceparent) as inner:
             inner.set("gen_ai.usage.input_tokens", 7)
             inner.event("first token")
+            inner.past("kv transfer", 0.25, {"inferflux.kv.num_bytes": 5})
         int(SECRET)
     tracing.shutdown()
 
     names = {service for service, _ in collector.spans}
     spans = {span.name: span for _, span in collector.spans}
-    request, prefill = spans["request"], spans["prefill"]
+    request, prefill, transfer = spans["request"], spans["prefill"], spans["kv transfer"]
     assert names == {"inferflux-gateway"}
     assert {span.trace_id.hex() for span in spans.values()} == {PARENT.split("-")[1]}
     assert request.parent_span_id.hex() == PARENT.split("-")[2]
     assert prefill.parent_span_id == request.span_id
+    assert transfer.parent_span_id == prefill.span_id
+    assert transfer.end_time_unix_nano - transfer.start_time_unix_nano == pytest.approx(0.25e9, rel=0.1)
     assert outer.traceparent == f"00-{PARENT.split('-')[1]}-{request.span_id.hex()}-01"
     assert [(a.key, a.value.int_value) for a in prefill.attributes] == [("gen_ai.usage.input_tokens", 7)]
     assert [event.name for event in prefill.events] == ["first token"]
