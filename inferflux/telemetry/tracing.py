@@ -40,7 +40,7 @@ class Span(Protocol):
         """Mark an instant."""
 
     def past(self, name: str, duration_s: float, attributes: Attributes) -> None:
-        """Record a child that ends now and began `duration_s` ago: work of a thread or process that tells afterwards."""
+        """Record a child that ends now and took `duration_s`: work elsewhere that is told of afterwards."""
 
 
 StartSpan = Callable[[str, str, Attributes], AbstractContextManager[Span]]
