@@ -21,7 +21,7 @@ from inferflux.engine.sim.kv import KvCache, chain
 from inferflux.engine.sim.response import Inbox, Response
 from inferflux.engine.sim.scheduler import Scheduler
 from inferflux.engine.sim.sequence import Choice, Emitted, Event, Job, Sampling, StopGuard
-from inferflux.errors import ArenaFull, ConfigError, NumericsMismatch
+from inferflux.errors import ArenaFull, ConfigError, InvalidRequest, NumericsMismatch
 from inferflux.kv.arena import Arena
 from inferflux.kv.digests import block_digest, prompt_digest
 from inferflux.types import Delivered, End, Frame, HttpAnswer, HttpCall, KvReport, ModelFingerprint, RequestContext
@@ -79,7 +79,7 @@ class SimEngine(Engine):
 
     async def prefill(self, context: RequestContext, call: HttpCall) -> Prefilled | HttpAnswer:
         started_at = time.perf_counter()
-        plan = self._app.read(call, context.request_id)
+        plan = self._app.read(call, context)
         if isinstance(plan, HttpAnswer):
             return plan
         inbox, n = Inbox(), plan.sampling.n
@@ -101,20 +101,22 @@ class SimEngine(Engine):
         sources: Sequence[KvSource] = (),
         delivered: Delivered | None = None,
     ) -> AsyncGenerator[Frame]:
-        plan = self._app.read(call, context.request_id)
+        plan = self._app.read(call, context)
         if isinstance(plan, HttpAnswer):
             yield Frame(plan.head, plan.body, kv=_unneeded(sources), end=End())
             return
-        inbox = Inbox()
-        jobs = self._jobs(context, inbox, plan, delivered)
-        spare = _assign(sources, jobs)
-        response = Response(plan, jobs)
+        inbox, past = Inbox(), delivered or Delivered()
+        jobs = self._jobs(context, inbox, plan)
+        response = Response(plan, jobs, past.num_events)
+        replayed = _replay(past, jobs, inbox)
+        unfinished = [job for job in jobs if not job.is_finished]
+        spare = _assign(sources, unfinished)
         try:
-            self._submit(jobs)
-            if frame := response.opening(_unneeded(spare)):
+            self._submit(unfinished)
+            for frame in response.beginning(_unneeded(spare), replayed):
                 yield frame
             while not response.is_complete:
-                if frame := response.frame(await inbox.take()):
+                for frame in response.frames(await inbox.take()):
                     yield frame
         finally:
             self._abort(jobs)
@@ -141,14 +143,9 @@ class SimEngine(Engine):
 
     # Jobs
 
-    def _jobs(self, context: RequestContext, inbox: Inbox, plan: Plan, delivered: Delivered | None) -> list[Job]:
+    def _jobs(self, context: RequestContext, inbox: Inbox, plan: Plan) -> list[Job]:
         how = plan.sampling
-        jobs = [self._job(context, inbox, prompt, how, i * how.n) for i, prompt in enumerate(plan.prompts)]
-        output = {tokens.index: tokens.token_ids for tokens in (delivered or Delivered()).tokens}
-        for job in jobs:
-            for choice in job.choices:
-                choice.resume(output.get(choice.index, ()), job.limit)
-        return jobs
+        return [self._job(context, inbox, prompt, how, i * how.n) for i, prompt in enumerate(plan.prompts)]
 
     def _job(
         self, context: RequestContext, inbox: Inbox, prompt: tuple[int, ...], how: Sampling, first_index: int
@@ -218,6 +215,20 @@ def _fingerprint(options: EngineOptions, block_size: int) -> ModelFingerprint:
 def _computed(job: Job) -> ComputedPrompt:
     output = tuple(job.choices[0].tokens[len(job.prompt) :])
     return ComputedPrompt(prompt_digest(job.prompt), len(job.prompt), output, job.published)
+
+
+def _replay(past: Delivered, jobs: Iterable[Job], inbox: Inbox) -> list[Event]:
+    """Give choices the tokens that another worker sampled and return what comes of it, as when they were sampled."""
+    owners = {choice.index: (job, choice) for job in jobs for choice in job.choices}
+    for part in past.tokens:
+        if part.index not in owners:
+            raise InvalidRequest(f"delivered tokens of choice {part.index}, the call has {len(owners)} choices")
+        job, choice = owners[part.index]
+        for token_id in part.token_ids:
+            if choice.finish_reason:
+                raise InvalidRequest(f"delivered tokens of choice {part.index} go on after its end")
+            job.add(choice, token_id)
+    return inbox.drain()
 
 
 def _assign(sources: Sequence[KvSource], jobs: Sequence[Job]) -> list[KvSource]:

@@ -176,8 +176,11 @@ class Scheduler:
             if job.early is not None and job.early != self._sample(job, job.choices[0], len(job.prompt)):
                 self._fail(job, Internal("prefill's first token does not follow from its KV"))
                 return
-        for choice in job.choices:
-            if not choice.finish_reason:
+        # In a resumed job some choices are ahead: those wait, so that events come in the order of an undisturbed one.
+        unfinished = [choice for choice in job.choices if not choice.finish_reason]
+        num_output = min((choice.num_output for choice in unfinished), default=0)
+        for choice in unfinished:
+            if choice.num_output == num_output:
                 self._advance_choice(job, choice)
         if job.is_finished:
             self._running.remove(job)

@@ -92,13 +92,6 @@ class Choice:
     blocks: list[int] = field(default_factory=list)
     finish_reason: str = ""
 
-    def resume(self, token_ids: Sequence[int], limit: int) -> None:
-        """Count `token_ids` as output that the client has."""
-        self.tokens += token_ids
-        self.num_output = len(token_ids)
-        if self.num_output >= limit:
-            self.finish_reason = "length"
-
     def add(self, token_id: int, finish_reason: str) -> Emitted | None:
         """Append a sampled token and return what of the output is settled now, if anything."""
         self.tokens.append(token_id)
@@ -156,7 +149,7 @@ class Job:
         return self.source.first_token_ids[0] if len(self.source.first_token_ids) == 1 else None
 
     def add(self, choice: Choice, token_id: int) -> None:
-        """Append a sampled token to a choice, end it where it must end, and tell the reader."""
+        """Append a token, sampled here or elsewhere, to a choice, end it where it must end, and tell the reader."""
         num_output = choice.num_output + 1
         finish_reason = "length" if num_output >= self.limit else ""
         if self.natural_end is not None and num_output >= self.natural_end:

@@ -105,7 +105,7 @@ def test_usage_comes_with_a_stream_on_request_only() -> None:
 
 def read(path: str, body: Any, method: str = "POST") -> Plan | HttpAnswer:
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
-    return App("m", 100).read(HttpCall(method, path, data), "r-1")
+    return App("m", 100).read(HttpCall(method, path, data), RequestContext("r-1"))
 
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"

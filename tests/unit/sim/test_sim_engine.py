@@ -129,30 +129,39 @@ async def test_neighbours_change_nothing() -> None:
 # --- resuming ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("num_delivered", [1, 5, 7])
-@pytest.mark.parametrize("fields", [{"temperature": 0}, {"seed": 5}, {"stop": "zz"}], ids=["greedy", "seed", "stop"])
-async def test_a_stream_goes_on_after_the_tokens_that_were_delivered(
-    num_delivered: int, fields: dict[str, Any]
-) -> None:
-    async with running() as engine, running() as other:
-        whole = await frames_of(engine, call(stream=True, **fields))
-        delivered = Delivered((ChoiceTokens(0, tuple(tokens(whole)[:num_delivered])),))
+RESUMED = {
+    "greedy": {"temperature": 0},
+    "seed": {"seed": 5},
+    "held-back": {"stop": [" zz", "u"], "max_tokens": 16},
+    "choices": {"n": 3, "stop": ["zuz", "a"], "max_tokens": 16},
+}
 
-        rest = await frames_of(other, call(stream=True, **fields), delivered=delivered)
 
-        assert tokens(rest) == tokens(whole)[num_delivered:]
+@pytest.mark.parametrize("fields", RESUMED.values(), ids=RESUMED)
+async def test_a_stream_cut_anywhere_goes_on_to_the_byte(fields: dict[str, Any]) -> None:
+    cut_call = call("/v1/chat/completions", stream=True, stream_options={"include_usage": True}, **fields)
+    context = replace(CONTEXT, created_s=1_700_000_000)
+    async with running() as engine:
+        whole = await frames_of(engine, cut_call, context=context)
+    for cut in range(1, len(whole)):
+        past = whole[:cut]
+        async with running() as other:
+            rest = await frames_of(other, cut_call, delivered=journal(past), context=context)
+
+        assert body(past) + body(rest) == body(whole)
+        assert journal(past).tokens + journal(rest).tokens == journal(whole).tokens
         assert rest[-1].end == whole[-1].end
 
 
-async def test_a_resumed_stream_has_no_second_opening() -> None:
-    chat = call("/v1/chat/completions", stream=True)
+def journal(frames: Sequence[Frame]) -> Delivered:
+    return Delivered(tuple(c for frame in frames for c in frame.choices), sum(bool(frame.data) for frame in frames))
+
+
+async def test_each_part_is_an_event_and_so_are_the_opening_and_the_closing() -> None:
     async with running() as engine:
-        whole = await frames_of(engine, chat)
+        frames = await frames_of(engine, call("/v1/chat/completions", stream=True, n=2, max_tokens=3))
 
-        rest = await frames_of(engine, chat, delivered=Delivered((ChoiceTokens(0, tuple(tokens(whole)[:3])),)))
-
-        assert b'"role"' in body(whole)
-        assert b'"role"' not in body(rest)
+    assert [len(frame.choices) for frame in frames if frame.data] == [0, *[1] * 6, 0]
 
 
 async def test_a_resumed_whole_response_is_whole() -> None:
@@ -162,6 +171,13 @@ async def test_a_resumed_whole_response_is_whole() -> None:
         resumed = await frames_of(engine, call(), delivered=Delivered((ChoiceTokens(0, tuple(tokens(whole)[:3])),)))
 
         assert json.loads(body(resumed))["choices"] == json.loads(body(whole))["choices"]
+        assert tokens(resumed) == tokens(whole)[3:]
+
+
+async def test_delivered_tokens_after_the_end_are_refused() -> None:
+    async with running() as engine:
+        with pytest.raises(InvalidRequest, match="after its end"):
+            await frames_of(engine, call(max_tokens=2), delivered=Delivered((ChoiceTokens(0, (300,) * 3),)))
 
 
 # --- tickets ----------------------------------------------------------------------------------------------------------

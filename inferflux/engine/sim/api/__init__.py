@@ -7,9 +7,9 @@ from collections.abc import Callable
 from inferflux.engine.sim import tokenizer
 from inferflux.engine.sim.api import chat, completion, messages, responses
 from inferflux.engine.sim.api.call import BadCall, Fields, Plan, answer, chat_prompt
-from inferflux.types import HttpAnswer, HttpCall
+from inferflux.types import HttpAnswer, HttpCall, RequestContext
 
-PLANS: dict[str, Callable[[Fields, str, str], Plan]] = {
+PLANS: dict[str, Callable[[Fields, str, RequestContext], Plan]] = {
     "/v1/chat/completions": chat.plan,
     "/v1/completions": completion.plan,
     "/v1/messages": messages.plan,
@@ -30,14 +30,14 @@ class App:
             "/v1/messages/count_tokens": self._count_tokens,
         }
 
-    def read(self, call: HttpCall, request_id: str) -> Plan | HttpAnswer:
+    def read(self, call: HttpCall, context: RequestContext) -> Plan | HttpAnswer:
         """What to generate, or the answer where nothing is generated. Never raises for what a client sent."""
         try:
-            return self._read(call, request_id)
+            return self._read(call, context)
         except BadCall as e:
             return e.answer
 
-    def _read(self, call: HttpCall, request_id: str) -> Plan | HttpAnswer:
+    def _read(self, call: HttpCall, context: RequestContext) -> Plan | HttpAnswer:
         plan, utility = PLANS.get(call.path), self._utilities.get(call.path)
         if plan is None and utility is None:
             raise BadCall("Not Found", status=404)
@@ -49,7 +49,7 @@ class App:
         if utility is not None:
             return utility(fields)
         assert plan is not None  # noqa: S101 - for mypy
-        return self._limit(plan(fields, self._model, request_id))
+        return self._limit(plan(fields, self._model, context))
 
     def _limit(self, plan: Plan) -> Plan:
         """Refuse what can't fit, as vLLM does."""

@@ -12,7 +12,7 @@ import orjson
 
 from inferflux.engine.sim import tokenizer
 from inferflux.engine.sim.sequence import Emitted, Sampling
-from inferflux.types import HttpAnswer, HttpHead, Usage
+from inferflux.types import HttpAnswer, HttpHead, RequestContext, Usage
 
 JSON_HEADERS = (("content-type", "application/json"),)
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
@@ -157,17 +157,20 @@ class Outcome:
 
 
 class Renderer(ABC):
-    """Turns what was generated into the bytes of one endpoint's response."""
+    """Turns what was generated into the bytes of one endpoint's response.
+
+    Everything follows from the context, the call and what is generated, so that another worker can write it again.
+    """
 
     prefix = "cmpl-"
 
-    def __init__(self, model: str, request_id: str) -> None:
+    def __init__(self, model: str, context: RequestContext) -> None:
         self.model = model
-        self.id = self.prefix + request_id
-        self.created = int(time.time())
+        self.id = self.prefix + context.request_id
+        self.created = context.created_s or int(time.time())
 
     def opening(self, num_choices: int) -> bytes:
-        """What a stream starts with. A resumed stream has no opening: the client has it."""
+        """What a stream starts with, an event of its own; empty: nothing."""
         return b""
 
     @abstractmethod

@@ -18,7 +18,7 @@ from inferflux.engine.sim.api.call import (
     sampling,
 )
 from inferflux.engine.sim.sequence import Emitted
-from inferflux.types import Usage
+from inferflux.types import RequestContext, Usage
 
 
 class ChatRenderer(Renderer):
@@ -26,8 +26,8 @@ class ChatRenderer(Renderer):
 
     prefix = "chatcmpl-"
 
-    def __init__(self, model: str, request_id: str, *, with_usage: bool) -> None:
-        super().__init__(model, request_id)
+    def __init__(self, model: str, context: RequestContext, *, with_usage: bool) -> None:
+        super().__init__(model, context)
         self._with_usage = with_usage
 
     def opening(self, num_choices: int) -> bytes:
@@ -68,10 +68,10 @@ class ChatRenderer(Renderer):
         return event({**head, "choices": choices, **more})
 
 
-def plan(fields: Fields, model: str, request_id: str) -> Plan:
+def plan(fields: Fields, model: str, context: RequestContext) -> Plan:
     """Read a chat call."""
     fields.refuse(*UNSUPPORTED)
     prompt = chat_prompt(fields.get("messages"))
     name = "max_completion_tokens" if fields.has("max_completion_tokens") else "max_tokens"
-    renderer = ChatRenderer(model, request_id, with_usage=fields.object("stream_options").flag("include_usage"))
+    renderer = ChatRenderer(model, context, with_usage=fields.object("stream_options").flag("include_usage"))
     return Plan((prompt,), sampling(fields, name), fields.flag("stream"), renderer)

@@ -19,7 +19,7 @@ from inferflux.engine.sim.api.call import (
     sampling,
 )
 from inferflux.engine.sim.sequence import Emitted
-from inferflux.types import Usage
+from inferflux.types import RequestContext, Usage
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's API reference
 
@@ -27,8 +27,8 @@ DEFAULT_MAX_TOKENS = 16  # OpenAI's API reference
 class CompletionRenderer(Renderer):
     """text_completion and its chunks."""
 
-    def __init__(self, model: str, request_id: str, *, with_usage: bool) -> None:
-        super().__init__(model, request_id)
+    def __init__(self, model: str, context: RequestContext, *, with_usage: bool) -> None:
+        super().__init__(model, context)
         self._with_usage = with_usage
 
     def chunk(self, part: Emitted) -> bytes:
@@ -52,11 +52,11 @@ def _choice(index: int, text: str, finish_reason: str | None, stop: str | None) 
     return {"index": index, "text": text, "logprobs": None, "finish_reason": finish_reason, "stop_reason": stop}
 
 
-def plan(fields: Fields, model: str, request_id: str) -> Plan:
+def plan(fields: Fields, model: str, context: RequestContext) -> Plan:
     """Read a completion call; each of its prompts becomes a job of its own."""
     fields.refuse(*UNSUPPORTED)
     prompts = _prompts(fields.get("prompt"))
-    renderer = CompletionRenderer(model, request_id, with_usage=fields.object("stream_options").flag("include_usage"))
+    renderer = CompletionRenderer(model, context, with_usage=fields.object("stream_options").flag("include_usage"))
     how = sampling(fields, "max_tokens", default_max_tokens=DEFAULT_MAX_TOKENS)
     return Plan(prompts, how, fields.flag("stream"), renderer)
 

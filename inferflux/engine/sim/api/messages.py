@@ -7,7 +7,7 @@ from typing import Any
 
 from inferflux.engine.sim.api.call import Fields, Outcome, Plan, Renderer, chat_prompt, content, event, sampling
 from inferflux.engine.sim.sequence import Emitted
-from inferflux.types import Usage
+from inferflux.types import RequestContext, Usage
 
 
 class MessagesRenderer(Renderer):
@@ -15,8 +15,8 @@ class MessagesRenderer(Renderer):
 
     prefix = "msg_"
 
-    def __init__(self, model: str, request_id: str, num_prompt_tokens: int) -> None:
-        super().__init__(model, request_id)
+    def __init__(self, model: str, context: RequestContext, num_prompt_tokens: int) -> None:
+        super().__init__(model, context)
         self._num_prompt_tokens = num_prompt_tokens
 
     def opening(self, num_choices: int) -> bytes:
@@ -67,8 +67,8 @@ def prompt(fields: Fields) -> tuple[int, ...]:
     return chat_prompt(fields.get("messages"), content(fields.get("system"), "system"))
 
 
-def plan(fields: Fields, model: str, request_id: str) -> Plan:
+def plan(fields: Fields, model: str, context: RequestContext) -> Plan:
     """Read a message call."""
     ids = prompt(fields)
     how = sampling(fields, "max_tokens", stop="stop_sequences")
-    return Plan((ids,), how, fields.flag("stream"), MessagesRenderer(model, request_id, len(ids)))
+    return Plan((ids,), how, fields.flag("stream"), MessagesRenderer(model, context, len(ids)))

@@ -7,7 +7,7 @@ from typing import Any
 
 from inferflux.engine.sim.api.call import BadCall, Fields, Outcome, Plan, Renderer, chat_prompt, event, sampling
 from inferflux.engine.sim.sequence import Emitted
-from inferflux.types import Usage
+from inferflux.types import RequestContext, Usage
 
 
 class ResponsesRenderer(Renderer):
@@ -15,10 +15,10 @@ class ResponsesRenderer(Renderer):
 
     prefix = "resp_"
 
-    def __init__(self, model: str, request_id: str, max_output_tokens: int | None) -> None:
-        super().__init__(model, request_id)
+    def __init__(self, model: str, context: RequestContext, max_output_tokens: int | None) -> None:
+        super().__init__(model, context)
         self._max_output_tokens = max_output_tokens
-        self._item_id = "msg_" + request_id
+        self._item_id = "msg_" + context.request_id
         self._num_events = 0
 
     def opening(self, num_choices: int) -> bytes:
@@ -94,7 +94,7 @@ def _usage(usage: Usage) -> dict[str, Any]:
     }
 
 
-def plan(fields: Fields, model: str, request_id: str) -> Plan:
+def plan(fields: Fields, model: str, context: RequestContext) -> Plan:
     """Read a response call."""
     fields.refuse("tools", "previous_response_id", "text", "background", "conversation")
     value = fields.get("input")
@@ -103,5 +103,5 @@ def plan(fields: Fields, model: str, request_id: str) -> Plan:
     turns = [{"role": "user", "content": value}] if isinstance(value, str) else value
     instructions = fields.text("instructions") if fields.has("instructions") else ""
     how = sampling(fields, "max_output_tokens")
-    renderer = ResponsesRenderer(model, request_id, how.max_tokens)
+    renderer = ResponsesRenderer(model, context, how.max_tokens)
     return Plan((chat_prompt(turns, instructions),), how, fields.flag("stream"), renderer)
