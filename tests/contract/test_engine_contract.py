@@ -111,6 +111,19 @@ async def test_a_seeded_response_from_a_ticket_equals_one_without(engines: Engin
     assert disaggregated.token_ids() == alone.token_ids()
 
 
+async def test_seeded_prompts_that_take_several_steps(engines: Engines) -> None:
+    """More prompt tokens at once than one step computes: some prompts are cut, and sampled from in between."""
+    prompts = [f"{question()}{' and so on' * 85}" for _ in range(6)]
+    how: dict[str, Any] = {"temperature": 0.9, "seed": 7, "max_tokens": 3}
+
+    together = await ask(engines.decode, completion(prompt=prompts, **how))
+    alone = [await ask(engines.decode, completion(prompt=prompt, **how)) for prompt in prompts]
+
+    assert together.head.status == 200
+    texts = [choice["text"] for choice in together.json["choices"]]
+    assert texts == [answer.json["choices"][0]["text"] for answer in alone]
+
+
 async def test_two_choices_from_one_ticket(engines: Engines) -> None:
     call = completion(temperature=1.2, seed=11, n=2, max_tokens=8)
 

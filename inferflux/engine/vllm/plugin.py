@@ -10,6 +10,7 @@ import dataclasses
 import multiprocessing
 import os
 import signal
+from contextlib import contextmanager
 from multiprocessing.context import ForkContext, ForkProcess
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ import torch
 from inferflux.engine.vllm.transfer import DELIVERED
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
 PR_SET_PDEATHSIG = 1
 
@@ -27,6 +28,7 @@ def register() -> None:
     """Entry point: runs in the worker, in the engine core and in each rank."""
     die_with_parent()
     count_delivered_tokens_as_output()
+    spare_generators_of_discarded_tokens()
     share_the_only_group()
 
 
@@ -70,6 +72,43 @@ def count_delivered_tokens_as_output() -> None:
     request.Request.__init__ = init_with_delivered
     request.Request._inferflux = True  # noqa: SLF001
     gpu_model_runner.CachedRequestState = CachedRequestState
+
+
+def spare_generators_of_discarded_tokens() -> None:
+    """Draw nothing from a seeded request's generator for a token that is thrown away.
+
+    A prompt that takes several steps samples at each of them and discards all tokens but the last. vLLM winds the
+    generator back afterwards, which generators on CPU can't: two long prompts at once and a seed kill the engine.
+    """
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner  # noqa: PLC0415
+
+    if hasattr(GPUModelRunner, "_inferflux_sample"):
+        return
+    sample, keep_books = GPUModelRunner._sample, GPUModelRunner._bookkeeping_sync  # noqa: SLF001
+
+    def sample_spared(self: Any, *args: Any, **kwargs: Any) -> Any:
+        batch = self.input_batch
+        discarded = self.discard_request_mask.np[: batch.num_reqs].nonzero()[0].tolist()
+        with _hidden(batch.generators, discarded if self.device.type == "cpu" else ()):
+            return sample(self, *args, **kwargs)
+
+    def keep_books_spared(self: Any, *args: Any, **kwargs: Any) -> Any:
+        generators = self.input_batch.generators
+        with _hidden(generators, tuple(generators) if self.device.type == "cpu" else ()):
+            return keep_books(self, *args, **kwargs)
+
+    GPUModelRunner._inferflux_sample = True  # noqa: SLF001
+    GPUModelRunner._sample, GPUModelRunner._bookkeeping_sync = sample_spared, keep_books_spared  # noqa: SLF001
+
+
+@contextmanager
+def _hidden(generators: dict[int, Any], indexes: Iterable[int]) -> Iterator[None]:
+    """Take some generators out of a batch inside the block."""
+    hidden = {i: generators.pop(i) for i in indexes if i in generators}
+    try:
+        yield
+    finally:
+        generators.update(hidden)
 
 
 def share_the_only_group() -> None:
