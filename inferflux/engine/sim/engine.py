@@ -156,7 +156,7 @@ class SimEngine(Engine):
         return Job(
             prompt=prompt,
             hashes=chain(self._key, context.cache_salt, prompt),
-            choices=[Choice(i, how.key(i), StopGuard(how.stop), list(prompt)) for i in indexes],
+            choices=[Choice(i, how.key(i - first_index), StopGuard(how.stop), list(prompt)) for i in indexes],
             limit=min(how.max_tokens or room, natural_end or room, room),
             natural_end=natural_end,
             may_stop=bool(how.stop),
