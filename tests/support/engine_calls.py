@@ -50,7 +50,7 @@ def question() -> str:
     return f"Item {next(TOPICS)}: " + " ".join(f"the number after {i} is {i + 1}," for i in range(20)) + " and so"
 
 
-def completion(prompt: str | list[str] | list[int] | None = None, **fields: Any) -> HttpCall:
+def completion(prompt: str | list[str] | list[int] | list[list[int]] | None = None, **fields: Any) -> HttpCall:
     body = {"model": "m", "prompt": prompt or question(), "max_tokens": 6, "temperature": 0, **fields}
     return HttpCall("POST", COMPLETIONS, json.dumps(body).encode(), headers=(("content-type", "application/json"),))
 
