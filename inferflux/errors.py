@@ -4,6 +4,7 @@
     +-- InvalidRequest            400 INVALID_ARGUMENT
     |   +-- BodyTooLarge          413
     |   +-- HeadersTooLarge       431
+    |   +-- IdempotencyKeyReused  422
     |   +-- RequestTimeout        408
     |       +-- SlowConsumer      408
     +-- Unauthenticated           401 UNAUTHENTICATED
@@ -59,6 +60,10 @@ class BodyTooLarge(InvalidRequest):
 
 class HeadersTooLarge(InvalidRequest):
     reason, http_status = "HEADERS_TOO_LARGE", 431
+
+
+class IdempotencyKeyReused(InvalidRequest):
+    reason, http_status = "IDEMPOTENCY_KEY_REUSED", 422
 
 
 class RequestTimeout(InvalidRequest):

@@ -186,6 +186,12 @@ RETRIES = Counter(
     ("reason",),
     registry=REGISTRY,
 )
+IDEMPOTENT_HITS = Counter(
+    "inferflux_idempotent_hits",
+    "Requests answered by the execution of another with the same Idempotency-Key: running, or done before.",
+    ("state",),
+    registry=REGISTRY,
+)
 CONNECTIONS = Gauge(
     "inferflux_connections",
     "Open client connections.",

@@ -8,6 +8,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
+from inferflux.clock import SystemClock
 from inferflux.config import load
 from inferflux.errors import ConfigError
 from inferflux.lifecycle import Lifecycle
@@ -19,6 +20,7 @@ from services.gateway.admin import AdminApi
 from services.gateway.app import create_app
 from services.gateway.auth import Authenticator, KeyRing
 from services.gateway.control import PolicyClient, RegistryClient
+from services.gateway.idempotency import Idempotency, Records
 from services.gateway.inference import Inference
 from services.gateway.pool import Caller, Pool
 from services.gateway.server import HttpServer, bind
@@ -50,7 +52,8 @@ async def serve(settings: Settings, sock: socket.socket, lifecycle: Lifecycle) -
             timeout_s=settings.request_timeout_s,
             access_log=LineLog("gateway", settings.instance_id, "request", __name__) if settings.access_log else None,
         )
-        app = create_app(inference, AdminApi(policy_client, policy.reached), pool.models, lifecycle)
+        idempotency = Idempotency(inference, Records(SystemClock(), settings.record_limits), tasks)
+        app = create_app(idempotency, AdminApi(policy_client, policy.reached), pool.models, lifecycle)
         lifecycle.add_readiness("policy", lambda: None if policy.value is not None else "not heard yet")
         lifecycle.add_readiness("workers", pool.objection)
         tasks.spawn(policy.follow(policy_client.watch), "policy")

@@ -23,6 +23,7 @@ from services.gateway.admin import AdminApi
 from services.gateway.asgi import AsgiScope, Message, Receive, Send, header_map
 from services.gateway.auth import Authenticator
 from services.gateway.endpoints import ENDPOINTS, Dialect, Scope
+from services.gateway.idempotency import Idempotency
 from services.gateway.inference import Inference, new_request_id
 from services.gateway.views import Model
 
@@ -58,11 +59,12 @@ class Doorway:
 
     app: FastAPI
     inference: Inference
+    idempotency: Idempotency
 
     async def __call__(self, scope: AsgiScope, receive: Receive, send: Send) -> None:
         """Answer one request."""
         if scope["path"] in ENDPOINTS:
-            await self.inference(scope, receive, send)
+            await self.idempotency(scope, receive, send)
             return
         headers = self.inference.response_headers(new_request_id())
 
@@ -74,8 +76,9 @@ class Doorway:
         await self.app(scope, receive, stamp)
 
 
-def create_app(inference: Inference, admin: AdminApi, models: Models, lifecycle: Lifecycle) -> Doorway:
+def create_app(idempotency: Idempotency, admin: AdminApi, models: Models, lifecycle: Lifecycle) -> Doorway:
     """Put all routes together."""
+    inference = idempotency.inference
     auth = inference.auth
     app = FastAPI(openapi_url=None, redirect_slashes=False)
     app.include_router(_health_routes(lifecycle))
@@ -84,7 +87,7 @@ def create_app(inference: Inference, admin: AdminApi, models: Models, lifecycle:
     app.include_router(admin.router(), dependencies=[Depends(Gate(auth, (Scope.ADMIN,)))])
     for kind in (InferfluxError, HTTPException, Exception):
         app.add_exception_handler(kind, _answer_error)
-    return Doorway(app, inference)
+    return Doorway(app, inference, idempotency)
 
 
 def _health_routes(lifecycle: Lifecycle) -> APIRouter:

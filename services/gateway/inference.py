@@ -50,8 +50,11 @@ class Inference:
     timeout_s: float
     access_log: LineLog | None
 
-    async def __call__(self, scope: AsgiScope, receive: Receive, send: Send) -> None:
-        """Answer one request; whatever happens, it ends in an answer, in one error, or without a client."""
+    async def __call__(self, scope: AsgiScope, receive: Receive, send: Send) -> bool:
+        """Answer one request; whatever happens, it ends in an answer, in one error, or without a client.
+
+        Tells whether the client has a worker's whole answer.
+        """
         request_id = new_request_id()
         endpoint = ENDPOINTS[scope["path"]]
         write_now = scope.get("extensions", {}).get(WRITE_NOW)
@@ -73,6 +76,15 @@ class Inference:
         finally:
             _inflight.dec()
             account.close(is_gone=is_gone)
+        return reply.error is None and not is_gone
+
+    async def refuse(self, scope: AsgiScope, send: Send, error: InferfluxError) -> None:
+        """Answer a request that gets no further with an error."""
+        request_id, endpoint = new_request_id(), ENDPOINTS[scope["path"]]
+        reply = Reply(send, request_id, endpoint.dialect, self.response_headers(request_id))
+        account = Account(request_id, endpoint, reply, self.access_log)
+        await reply.fail(error)
+        account.close()
 
     def response_headers(self, request_id: str) -> RawHeaders:
         """Make the headers of every response."""

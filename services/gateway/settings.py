@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from inferflux.config import CommonSettings, env_name
 from services.gateway.envelope import BodyLimits
+from services.gateway.idempotency import RecordLimits
 
 MIB = 1 << 20
 
@@ -46,6 +47,10 @@ class Settings(CommonSettings):
     """Longest that running requests may take after SIGTERM; then they end with an error."""
     worker_dead_s: float = 10.0
     """A worker that sends no pulse for so long is lost: its requests fail over, its stream is opened anew."""
+    idempotency_ttl_s: float = 600.0
+    """How long the answer to a request with an Idempotency-Key is kept for its retries."""
+    idempotency_max_bytes: int = 64 * MIB
+    """Most bytes of such answers that are kept; more drops the oldest."""
     access_log: bool = True
     """One line per inference request."""
 
@@ -54,6 +59,11 @@ class Settings(CommonSettings):
         required = ("policy_address", "registry_address")
         if missing := [env_name(name) for name in required if not getattr(self, name)]:
             raise ValueError("\n".join(f"{name}: missing" for name in missing))
+
+    @property
+    def record_limits(self) -> RecordLimits:
+        """The limits of kept answers."""
+        return RecordLimits(self.idempotency_ttl_s, self.idempotency_max_bytes)
 
     @property
     def body_limits(self) -> BodyLimits:

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 import httpx
 import pytest
 
+from inferflux.clock import ManualClock
 from inferflux.errors import Conflict
 from inferflux.lifecycle import Lifecycle
 from services.gateway.admin import AdminApi
@@ -14,6 +15,7 @@ from services.gateway.app import Doorway, Gate, create_app
 from services.gateway.auth import Authenticator, Key, KeyRing, Principal, hash_secret
 from services.gateway.endpoints import ENDPOINTS, Scope
 from services.gateway.envelope import BodyLimits
+from services.gateway.idempotency import Idempotency, RecordLimits, Records
 from services.gateway.inference import Inference
 from services.gateway.pool import Pool
 from services.gateway.views import Model
@@ -59,7 +61,8 @@ def app() -> Doorway:
         timeout_s=5,
         access_log=None,
     )
-    return create_app(inference, AdminApi(Policy(), never), lambda: (MODEL,), Lifecycle("gateway", "g"))
+    idempotency = Idempotency(inference, Records(ManualClock(), RecordLimits(1, 1)), tasks=None)
+    return create_app(idempotency, AdminApi(Policy(), never), lambda: (MODEL,), Lifecycle("gateway", "g"))
 
 
 @pytest.fixture
