@@ -15,7 +15,7 @@ PYTEST := $(BIN)/pytest
 say = @printf '\n\033[1m==> %s\033[0m\n' "$(1)"
 
 .PHONY: help setup quickstart test test-unit test-contract test-integration test-e2e test-tools \
-        lint type protos protos-check bench clean
+        test-chaos test-simulation test-mutants lint type protos protos-check bench clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  \033[1m%-17s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -68,6 +68,19 @@ test-integration: test-tools ## All services as real processes, with the sim eng
 test-e2e: setup ## Real vLLM, real model, real clients
 	$(call say,end-to-end tests)
 	$(PYTEST) tests/e2e $(ARGS)
+
+test-chaos: test-tools ## At least 200 proven faults in 12 minutes on the sim engine; ARGS="--engine vllm --faults 30 ..." says otherwise
+	$(call say,chaos)
+	$(BIN)/python -m tests.chaos.corruption
+	$(BIN)/python -m tests.chaos $(ARGS)
+
+test-simulation: setup ## Gateway, sessions and tickets in virtual time: 2,000 seeds (5 minutes on 2 cores); ARGS="--seed 7 -v" replays one
+	$(call say,simulation)
+	$(BIN)/python -m tests.simulation $(or $(ARGS),--seeds 0:2000)
+
+test-mutants: test-tools ## Failures of other systems in our code: tests must notice each
+	$(call say,mutants)
+	$(BIN)/python -m tests.mutants $(ARGS)
 
 bench: setup ## Run a benchmark of bench/README.md, e.g. BENCH=disagg ARGS="--seconds 60"
 	$(BIN)/python -m bench.$(BENCH) $(ARGS)

@@ -36,10 +36,12 @@ def vllm_server(
     threads: int = 0,
     kv_cache_bytes: int = 1 << 30,
     max_model_len: int = 2048,
+    max_num_batched_tokens: int = 0,
 ) -> Iterator[Server]:
     """`python -m vllm.entrypoints.openai.api_server` on this machine, eager.
 
     `threads`: 0 = as vLLM decides (it keeps one core for its frontend); else so many, unbound.
+    `max_num_batched_tokens`: of one engine step; 0 = as vLLM decides.
     """
     port = free_port()
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1"}
@@ -50,6 +52,8 @@ def vllm_server(
     command += ["--served-model-name", name, "--dtype", dtype, "--enforce-eager", "--host", "127.0.0.1"]
     command += ["--port", str(port), "--kv-cache-memory-bytes", str(kv_cache_bytes)]
     command += ["--max-model-len", str(max_model_len), "--disable-uvicorn-access-log"]
+    if max_num_batched_tokens:
+        command += ["--max-num-batched-tokens", str(max_num_batched_tokens)]
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(command, env=env, stdout=log, stderr=log, start_new_session=True)
         try:

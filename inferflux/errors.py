@@ -15,12 +15,14 @@
     |   +-- NoWorker              503                      retryable
     |   +-- WorkerLost            503                      retryable
     |   +-- Draining              503                      retryable
+    |   +-- KvTransportDegraded   503                      retryable
     +-- DeadlineExceeded          504 DEADLINE_EXCEEDED
     +-- Conflict                  409 ABORTED
     +-- KvError                   500 FAILED_PRECONDITION  (never reaches a client: the prompt is computed again)
-    |   +-- TicketInvalid, TicketForeign, TicketExpired, KvStale, KvDigestMismatch, KvIncompatible, KvUnreachable,
-    |       ArenaFull
+    |   +-- TicketInvalid, TicketForeign, TicketExpired, TicketConflict, KvStale, KvDigestMismatch, KvIncompatible,
+    |       KvUnreachable, ArenaFull
     +-- EngineFailed              500 INTERNAL             retryable
+    +-- PoisonRequest             500 INTERNAL
     +-- NumericsMismatch          500 FAILED_PRECONDITION
     +-- ConfigError               500 FAILED_PRECONDITION
     +-- Internal                  500 INTERNAL
@@ -106,6 +108,12 @@ class Draining(Unavailable):
     reason = "DRAINING"
 
 
+class KvTransportDegraded(Unavailable):
+    """Prompts can't be computed where they should be, and decode workers may not or can't take them all."""
+
+    reason = "DISTRIBUTED_KV_TRANSPORT_DEGRADED"
+
+
 class DeadlineExceeded(InferfluxError):
     reason, http_status, grpc_code = "DEADLINE_EXCEEDED", 504, grpc.StatusCode.DEADLINE_EXCEEDED
 
@@ -133,6 +141,10 @@ class TicketExpired(KvError):
     reason, kv_reason = "TICKET_EXPIRED", "expired"
 
 
+class TicketConflict(KvError):
+    reason, kv_reason = "TICKET_CONFLICT", "conflict"
+
+
 class KvStale(KvError):
     reason, kv_reason = "KV_STALE", "stale"
 
@@ -157,6 +169,12 @@ class EngineFailed(InferfluxError):
     """The engine gave up on this request; its neighbours are unharmed."""
 
     reason, is_retryable = "ENGINE_FAILED", True
+
+
+class PoisonRequest(InferfluxError):
+    """Workers died of this request; it is not given to another one."""
+
+    reason = "POISON_REQUEST"
 
 
 class NumericsMismatch(InferfluxError):

@@ -30,6 +30,41 @@ class State(StrEnum):
     FAILED = "failed"
 
 
+class Transport(StrEnum):
+    """How KV blocks get from one worker to another."""
+
+    SHM = "shm"
+    NIXL = "nixl"
+
+
+@dataclass(frozen=True, slots=True)
+class NixlPeer:
+    """What one-sided reads of an arena need: the owner's agent, and where the arena lies in its memory."""
+
+    agent: bytes
+    address: int
+    num_slots: int
+    slot_bytes: int
+
+    def to_proto(self) -> pb.NixlPeer:
+        return pb.NixlPeer(agent=self.agent, address=self.address, num_slots=self.num_slots, slot_bytes=self.slot_bytes)
+
+    @classmethod
+    def from_proto(cls, message: pb.NixlPeer) -> NixlPeer:
+        return cls(message.agent, message.address, message.num_slots, message.slot_bytes)
+
+
+@dataclass(frozen=True, slots=True)
+class ArenaPath:
+    """How one worker reads another's arena. `socket_path` belongs to shm, `peer` to nixl."""
+
+    transport: Transport
+    worker_id: str
+    incarnation: str
+    socket_path: str = ""
+    peer: NixlPeer | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class HttpCall:
     """An HTTP request as the client sent it; header names lower case, never credentials."""

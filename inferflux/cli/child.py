@@ -24,6 +24,7 @@ from inferflux.cli.plan import ProcessSpec
 MAX_LOG_BYTES = 16 << 20
 FIRST_DELAY_S, MAX_DELAY_S = 0.2, 10.0
 HEALTHY_AFTER_S = 30.0
+DRAINED = "exited with status 0"
 GROUP_GRACE_S = 1.0
 _log = logging.getLogger(__name__)
 
@@ -123,7 +124,8 @@ class Child:
             is_asked = self._hurry.is_set()
             if self._is_stopping():
                 return
-            self.restarts += not is_asked
+            # A worker that was drained by an administrator is wanted again: that is a rolling restart, and no failure.
+            self.restarts += not (is_asked or self.last_exit == DRAINED)
             delay_s = backoff.after(time.monotonic() - began_at)
             _log.warning("%s %s, starts again in %.1f s", self.spec.id, self.last_exit, 0 if is_asked else delay_s)
             with suppress(TimeoutError):

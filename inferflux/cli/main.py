@@ -44,6 +44,19 @@ class Dtype(StrEnum):
     FLOAT16 = "float16"
 
 
+class FaultName(StrEnum):
+    """What `inferctl chaos` can do."""
+
+    KILL_DECODE = "kill-decode"
+    KILL_PREFILL = "kill-prefill"
+    HANG_DECODE = "hang-decode"
+    HANG_PREFILL = "hang-prefill"
+    KILL_GATEWAY = "kill-gateway"
+    KILL_POLICY = "kill-policy"
+    KILL_REGISTRY = "kill-registry"
+    KILL_REDIS = "kill-redis"
+
+
 class ScopeName(StrEnum):
     """Value of --scope."""
 
@@ -71,6 +84,7 @@ def quickstart(
     ] = None,
     prefill: Annotated[int, typer.Option(min=0, max=64, help="Prefill workers.")] = 1,
     decode: Annotated[int, typer.Option(min=1, max=64, help="Decode workers.")] = 1,
+    gateways: Annotated[int, typer.Option(min=1, max=16, help="Gateways, on ports one after the other.")] = 1,
     host: Annotated[str, typer.Option(help="Address the gateway listens on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 picks a free one.")] = 8080,
     dtype: Annotated[
@@ -82,7 +96,16 @@ def quickstart(
     from inferflux.cli.plan import ClusterOptions  # noqa: PLC0415
     from inferflux.cli.quickstart import quickstart  # noqa: PLC0415
 
-    options = ClusterOptions(str(engine), "", prefill=prefill, decode=decode, host=host, port=port, dtype=str(dtype))
+    options = ClusterOptions(
+        str(engine),
+        "",
+        prefill=prefill,
+        decode=decode,
+        gateways=gateways,
+        host=host,
+        port=port,
+        dtype=str(dtype),
+    )
     quickstart(options, model, detach=detach, output=output)
 
 
@@ -100,6 +123,17 @@ def models(output: Output = Format.TABLE) -> None:
     from inferflux.cli.server import show_models  # noqa: PLC0415
 
     show_models(output)
+
+
+@app.command()
+def pools(
+    matrix: Annotated[bool, typer.Option("--matrix", help="Measure every pair of decode and prefill worker.")] = False,
+    output: Output = Format.TABLE,
+) -> None:
+    """Show the registered workers, or how fast KV gets from one to the other."""
+    from inferflux.cli.pools import show_matrix, show_workers  # noqa: PLC0415
+
+    (show_matrix if matrix else show_workers)(output)
 
 
 @app.command()
@@ -135,6 +169,52 @@ def completion(
     from inferflux.cli import talk  # noqa: PLC0415
 
     talk.complete(prompt, talk.Sampling(model, max_tokens, temperature, not no_stream), output)
+
+
+@app.command()
+def tickets(
+    live: Annotated[bool, typer.Option("--live", help="Only tickets that hold KV blocks now.")] = False,
+    leaked: Annotated[
+        bool, typer.Option("--leaked", help="Only those that should have ended; status 1 if any.")
+    ] = False,
+    output: Output = Format.TABLE,
+) -> None:
+    """Show the tickets of the prefill workers, and prove that they add up."""
+    from inferflux.cli import tickets  # noqa: PLC0415
+
+    tickets.show(output, live=live, leaked=leaked)
+
+
+@app.command()
+def drain(
+    worker: Annotated[str, typer.Argument(help="Its id, e.g. decode-0.")],
+    eta: Annotated[bool, typer.Option("--eta", help="Only say how long it would take.")] = False,
+    wait: Annotated[bool, typer.Option("--wait", help="Return when the worker is gone.")] = False,
+    within: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option("--within", min=0.0, help="Seconds for what runs; the rest moves. Default: the worker's own."),
+    ] = None,
+    output: Output = Format.TABLE,
+) -> None:
+    """Let a worker take nothing new, finish what runs, and exit."""
+    from inferflux.cli import drain  # noqa: PLC0415
+
+    if eta:
+        drain.estimate(worker, output)
+    else:
+        drain.drain(worker, within, output, wait=wait)
+
+
+@app.command()
+def chaos(
+    fault: Annotated[FaultName, typer.Argument(help="What to break.")],
+    report: Annotated[bool, typer.Option("--report", help="Print everything that was measured.")] = False,
+    output: Output = Format.TABLE,
+) -> None:
+    """Break one process of the local cluster in the middle of a stream, and say whether the stream survived."""
+    from inferflux.cli import chaos  # noqa: PLC0415
+
+    chaos.run(str(fault), output, is_full=report)
 
 
 @server_app.command("start")
@@ -216,6 +296,38 @@ def keys_revoke(
     from inferflux.cli import keys  # noqa: PLC0415
 
     keys.revoke(keys.open_keys(is_local=local), key_id, output)
+
+
+@admin_app.command("cache")
+def cache(
+    status: Annotated[bool, typer.Option("--status", help="Show each prefill worker's cache; the default.")] = False,
+    warm: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--warm", metavar="FILE_OR_TEXT", help="Compute a prefix: text, or a request in JSON."),
+    ] = None,
+    pin: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--pin", metavar="NAME", help="Keep the prefix of --warm, or of stdin, under a name."),
+    ] = None,
+    unpin: Annotated[Optional[str], typer.Option("--unpin", metavar="NAME", help="Let a pin go.")] = None,  # noqa: UP045
+    model: ModelName = None,
+    tenant: Annotated[Optional[str], typer.Option("--tenant", help="Whose prefix it is; default: your key's.")] = None,  # noqa: UP045
+    output: Output = Format.TABLE,
+) -> None:
+    """Look at the prefix caches of prefill workers, fill and pin them."""
+    from inferflux.cli import cache as command  # noqa: PLC0415
+
+    if [status, unpin is not None, bool(pin or warm)].count(True) > 1:
+        raise CliError("--status, --unpin and --warm or --pin exclude each other", Exit.USAGE)
+    prefix = command.Prefix(warm, model, tenant)
+    if unpin is not None:
+        command.unpin(unpin, output)
+    elif pin is not None:
+        command.pin(pin, prefix, output)
+    elif warm is not None:
+        command.warm(prefix, output)
+    else:
+        command.show(output)
 
 
 def main() -> int:

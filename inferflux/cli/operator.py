@@ -11,6 +11,8 @@ from inferflux.rpc.client import open_channel, translated_errors
 from inferflux.rpc.mtls import Identity
 from inferflux.v1 import policy_service_pb2 as pb
 from inferflux.v1.policy_service_pb2_grpc import PolicyServiceStub
+from inferflux.v1.worker_admin_service_pb2 import GetStatusRequest
+from inferflux.v1.worker_admin_service_pb2_grpc import WorkerAdminServiceStub
 
 TIMEOUT_S = 10.0
 SCOPES = {"generate": pb.SCOPE_GENERATE, "read": pb.SCOPE_READ, "admin": pb.SCOPE_ADMIN}
@@ -38,6 +40,20 @@ def create_key(
 def revoke_key(home: Home, key_id: str) -> None:
     """Revoke a key."""
     call(home, lambda stub: stub.RevokeKey(pb.RevokeKeyRequest(key_id=key_id), timeout=TIMEOUT_S))
+
+
+def num_running(home: Home, worker_id: str, role: str) -> int:
+    """Ask a worker how many requests it runs."""
+
+    async def run() -> int:
+        identity = Identity.load(home.pki, "operator")
+        async with open_channel(home.socket(worker_id), identity, role) as channel:
+            stub: Any = WorkerAdminServiceStub(channel)
+            with translated_errors():
+                reply = await stub.GetStatus(GetStatusRequest(), timeout=TIMEOUT_S)
+            return int(reply.pulse.num_running + reply.pulse.num_waiting)
+
+    return asyncio.run(run())
 
 
 def call(home: Home, method: Callable[[Any], Awaitable[T]]) -> T:

@@ -41,6 +41,7 @@ class ClusterOptions:
     numerics_reference: str = ""
     prefill: int = 1
     decode: int = 1
+    gateways: int = 1
     host: str = "127.0.0.1"
     port: int = 8080
     dtype: str = "auto"
@@ -48,9 +49,19 @@ class ClusterOptions:
 
     @property
     def url(self) -> str:
-        """Where clients on this machine find the gateway."""
+        """Where clients on this machine find the first gateway."""
+        return self.urls[0]
+
+    @property
+    def ports(self) -> range:
+        """The gateways' ports, one after the other."""
+        return range(self.port, self.port + self.gateways)
+
+    @property
+    def urls(self) -> tuple[str, ...]:
+        """Where clients on this machine find each gateway."""
         host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(self.host, self.host)  # noqa: S104 - compared, not bound
-        return f"http://{host}:{self.port}"
+        return tuple(f"http://{host}:{port}" for port in self.ports)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -81,14 +92,19 @@ def plan(options: ClusterOptions, home: Home, cores: Sequence[int], environ: Map
     base = DRAIN | {k: v for k, v in environ.items() if k not in PRIVATE} | common_env(home, options)
     stores = {"INFERFLUX_REDIS_URL": redis_url or f"unix://{redis_socket(home)}"}
     keys = {k: environ[k] for k in ("INFERFLUX_API_KEYS",) if k in environ}
-    gateway = {"INFERFLUX_HTTP_HOST": options.host, "INFERFLUX_HTTP_PORT": str(options.port)}
     return [
         *([] if redis_url else [redis(home, base)]),
         service("policy", 0, home, base | stores | keys, bind=home.socket("policy")),
         service("registry", 0, home, base | stores, bind=home.socket("registry")),
         *workers(options, home, cores, base),
-        service("gateway", 0, home, base | gateway),
+        *gateways(options, home, base),
     ]
+
+
+def gateways(options: ClusterOptions, home: Home, base: Mapping[str, str]) -> list[ProcessSpec]:
+    """Describe the gateways: equals, each with a port of its own."""
+    env = {**base, "INFERFLUX_HTTP_HOST": options.host}
+    return [service("gateway", i, home, env | {"INFERFLUX_HTTP_PORT": str(p)}) for i, p in enumerate(options.ports)]
 
 
 def common_env(home: Home, options: ClusterOptions) -> dict[str, str]:

@@ -16,6 +16,7 @@ GIB = 1 << 30
 VLLM_BASE_BYTES = 9 * GIB // 10
 SIM_BASE_BYTES = GIB // 8
 SERVICES_BYTES = 3 * GIB // 10
+FREE_PORT_TRIES = 20
 
 
 def check_engine(engine: str) -> None:
@@ -40,12 +41,17 @@ def check_port(host: str, port: int) -> None:
             raise CliError(f"port {port} on {host} is in use", hint="choose another one with --port") from e
 
 
-def free_port(host: str) -> int:
-    """Pick a port that is free right now."""
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-        probe.bind((host, 0))
-        port: int = probe.getsockname()[1]
-        return port
+def free_port(host: str, num_ports: int = 1) -> int:
+    """Pick a port that is free right now, as are those after it."""
+    for _ in range(FREE_PORT_TRIES):
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+            probe.bind((host, 0))
+            first: int = probe.getsockname()[1]
+        with suppress(CliError, OverflowError):
+            for port in range(first, first + num_ports):
+                check_port(host, port)
+            return first
+    raise CliError(f"no {num_ports} free ports in a row on {host}")
 
 
 def check_memory(options: ClusterOptions, num_weight_bytes: int, environ: Mapping[str, str]) -> None:

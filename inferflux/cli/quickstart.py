@@ -66,8 +66,9 @@ def prepare(options: ClusterOptions, model: str | None) -> ClusterOptions:
     """Check what can be checked before anything starts, and get the model ready."""
     preflight.check_engine(options.engine)
     if options.port == 0:
-        options = replace(options, port=preflight.free_port(options.host))
-    preflight.check_port(options.host, options.port)
+        options = replace(options, port=preflight.free_port(options.host, options.gateways))
+    for port in options.ports:
+        preflight.check_port(options.host, port)
     preflight.check_memory(options, 0, os.environ)  # before a download that would be in vain
     if options.engine == "sim":
         note(SIMULATOR)

@@ -11,10 +11,20 @@ Lifecycle: `start` once -> `prefill` / `generate` concurrently -> `close` once. 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
 
-from inferflux.types import Delivered, Frame, HttpAnswer, HttpCall, ModelFingerprint, RequestContext
+from inferflux.types import (
+    ArenaPath,
+    Delivered,
+    Frame,
+    HttpAnswer,
+    HttpCall,
+    ModelFingerprint,
+    NixlPeer,
+    RequestContext,
+    Transport,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,24 +44,36 @@ class EngineInfo:
 class PublishedKv:
     """Blocks of one prompt in this worker's arena, complete and readable.
 
-    `slots` in block order; `digests` are xxh3-128 (16 bytes) of each slot's bytes. Whoever receives this owns the
-    slots and must free them through the arena.
+    `slots` in block order; `digests` are xxh3-128 (16 bytes) of each slot's bytes. The first `num_shared` were in the
+    arena before and are held for this prompt; the rest is nobody's yet. Whoever receives this gives it to
+    PrefixStore.adopt or PrefixStore.give_up. `block_hashes`: names of the full blocks; empty when no other prompt may
+    ever use them.
     """
 
     slots: tuple[int, ...]
     digests: tuple[bytes, ...]
     num_tokens: int
+    block_hashes: tuple[bytes, ...] = ()
+    num_shared: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class ComputedPrompt:
-    """One prompt after prefill. `kv` is None when the arena had no room for it; `token_ids` were sampled (one)."""
+    """One prompt after prefill. `kv` is None when the arena had no room for it; `token_ids` were sampled (one).
+
+    `num_cached_tokens` were not computed; `num_read_tokens` of them were read from this worker's arena, or from another
+    one's when `is_from_peer`; the engine had the others in its own cache. `has_failed_read`: blocks that were there
+    could not be used, and were computed.
+    """
 
     prompt_digest: bytes
     num_prompt_tokens: int
     token_ids: tuple[int, ...]
     kv: PublishedKv | None
     num_cached_tokens: int = 0
+    num_read_tokens: int = 0
+    is_from_peer: bool = False
+    has_failed_read: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,11 +84,19 @@ class Prefilled:
     engine_s: float
 
 
+Claim = Callable[[], Awaitable[None]]
+"""Waits until a source may be read. Raises KvError when it must not be."""
+
+
 @dataclass(frozen=True, slots=True)
 class KvSource:
-    """Blocks of one prompt in another worker's arena, verified (MAC, tenant, fingerprint) by the worker.
+    """Blocks of one prompt, or of its beginning, in an arena, verified (MAC, tenant, fingerprint) by the worker.
 
-    `generations`: one per slot, for ArenaReader.check; a slot with another generation has been freed since.
+    `generations`: one per slot; a slot with another generation has been freed since. `transport` is how the blocks are
+    read; `peer` belongs to nixl. `socket_path` empty: shm is not offered.
+    `address`: of the worker that issued the ticket. `claim`: awaited before the first block is read, and by nothing
+    that does not need the blocks, such as the first token; a source whose claim is refused is reported as recomputed
+    with the error's reason. None: read at once.
     """
 
     ticket_id: str
@@ -80,6 +110,17 @@ class KvSource:
     first_token_ids: tuple[int, ...]
     num_cached_tokens: int = 0
     generations: tuple[int, ...] = ()
+    worker_id: str = ""
+    host_id: str = ""
+    address: str = ""
+    claim: Claim | None = field(default=None, compare=False, repr=False)
+    transport: Transport = Transport.SHM
+    peer: NixlPeer | None = None
+
+    @property
+    def path(self) -> ArenaPath:
+        """How its arena is read."""
+        return ArenaPath(self.transport, self.worker_id, self.incarnation, self.socket_path, self.peer)
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +175,9 @@ class Engine(ABC):
         `delivered`: the request was begun on another worker. Its tokens are output here (limits, penalties, grammar,
         stop strings, seeds and counts go on from them), the same response is written again, and of its frames with
         data the first `num_events` are left out. So the frames with data of a streamed response must follow from
-        `context`, `call` and the grouping of the tokens alone: no clock, no random ids.
+        `context`, `call` and the grouping of the tokens alone: no clock, no random ids. Tokens come in the frame of
+        their event or before it, never after, and delivered ones are not told again. A response that is not streamed
+        may be begun again. Raises Unavailable, naming the mode, for what can't be written again from tokens.
         """
 
     @abstractmethod

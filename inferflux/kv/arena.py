@@ -7,14 +7,15 @@ and from there on the kernel refuses every new writable mapping, write and resiz
 inferflux.kv.shm.
 
     0      header  magic, version, num_slots, slot_bytes
-    4096   table   per slot: state, generation, published_ns, digest
+    4096   table   per slot: state, generation, published_ns, digest, block_hash
     ...    data    slots, each at a multiple of 4096
 
 A slot has one owner at any time, and only its owner changes it: the allocator (engine process) FREE -> OWNED ->
 PUBLISHED, then the releaser (frontend) PUBLISHED -> FREE; the allocator may also take OWNED back to FREE. So each
 transition is one aligned store, without locks; the message that tells the next owner (pipe or socket) orders it.
-Freeing bumps the slot's generation and zeroes nothing, and the allocator goes round the arena, so that a freed slot is
-overwritten as late as possible.
+Freeing bumps the slot's generation and zeroes no data, and the allocator goes round the arena, so that a freed slot is
+overwritten as late as possible. A slot whose block may be found again by other requests has its block hash in the
+table, from its releaser, until it is freed.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import fcntl
 import mmap
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Self, cast
 
@@ -32,10 +33,10 @@ import numpy as np
 import numpy.typing as npt
 
 from inferflux.errors import ArenaFull, ConfigError, KvStale, KvUnreachable
-from inferflux.kv.digests import DIGEST_BYTES
+from inferflux.kv.digests import BLOCK_HASH_BYTES, DIGEST_BYTES
 
 PAGE = 4096
-VERSION = 1
+VERSION = 2
 MAGIC = int.from_bytes(b"IFXARENA", "little")
 
 FREE, OWNED, PUBLISHED = 0, 1, 2
@@ -49,7 +50,15 @@ READER_SEALS = F_SEAL_FUTURE_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK
 SEALS = READER_SEALS | fcntl.F_SEAL_SEAL
 
 HEADER = np.dtype([("magic", "<u8"), ("version", "<u4"), ("num_slots", "<u4"), ("slot_bytes", "<u8")])
-TABLE = np.dtype([("state", "<u4"), ("generation", "<u4"), ("published_ns", "<u8"), ("digest", "u1", DIGEST_BYTES)])
+TABLE = np.dtype(
+    [
+        ("state", "<u4"),
+        ("generation", "<u4"),
+        ("published_ns", "<u8"),
+        ("digest", "u1", DIGEST_BYTES),
+        ("block_hash", "<u8", BLOCK_HASH_BYTES // 8),
+    ]
+)
 
 Bytes = npt.NDArray[np.uint8]
 Slots = Sequence[int]
@@ -98,6 +107,11 @@ class _Mapping:
         self._bytes = np.empty(0, np.uint8)
         self._header = np.zeros(1, HEADER)
         self._parts = None
+
+    @property
+    def memory(self) -> Bytes:
+        """View all of it: header, table and data."""
+        return self._bytes
 
     @property
     def is_formatted(self) -> bool:
@@ -223,6 +237,11 @@ class Arena(_Mapping):
         """0 before the arena is formatted."""
         return int(np.count_nonzero(self._table["state"] == FREE)) if self.is_formatted else 0
 
+    @property
+    def num_owned(self) -> int:
+        """Slots that the allocator is filling. 0 before the arena is formatted."""
+        return int(np.count_nonzero(self._table["state"] == OWNED)) if self.is_formatted else 0
+
     def allocate(self, n: int) -> tuple[int, ...]:
         """Take `n` free slots. Raises ArenaFull, taking none, when there are fewer."""
         free = np.flatnonzero(self._table["state"] == FREE)
@@ -253,8 +272,14 @@ class Arena(_Mapping):
         index = self._index(slots)
         if np.unique(index).size != index.size or np.any(self._table["state"][index] == FREE):
             raise ValueError(f"slots {list(slots)} are not all in use, each named once")
+        self._table["block_hash"][index] = 0
         self._table["generation"][index] += np.uint32(1)
         self._table["state"][index] = FREE
+
+    def set_block_hash(self, i: int, block_hash: bytes) -> None:
+        """Let other workers find slot `i`, which is published and held by the caller; zeros hide it."""
+        self._index((i,))
+        self._table["block_hash"][i] = np.frombuffer(block_hash, "<u8")
 
     def are_published(self, slots: Slots) -> bool:
         """Whether every one of `slots` is published, each named once."""
@@ -280,18 +305,25 @@ class ArenaReader(_Mapping):
     """A reader's side: read-only for good, and alive as long as someone holds it, whatever becomes of the producer."""
 
     @classmethod
-    def open(cls, fd: int) -> Self:
+    def open(cls, fd: int, *, populate: bool = True) -> Self:
         """Map a sealed, formatted arena read-only; `fd` stays the caller's.
 
-        Raises KvUnreachable when it is not one. Faults in the page tables, about 0.15 s per GiB.
+        Raises KvUnreachable when it is not one. `populate` faults in the page tables, about 0.15 s per GiB; whoever
+        only reads the table can do without.
         """
         if not _has_seals(fd, READER_SEALS):
             raise KvUnreachable("the descriptor is not a sealed arena")
         memory = mmap.mmap(fd, os.fstat(fd).st_size, mmap.MAP_SHARED, mmap.PROT_READ)
         reader = cls(memory)
         reader._open()
-        _populate(memory, MADV_POPULATE_READ)
+        if populate:
+            _populate(memory, MADV_POPULATE_READ)
         return reader
+
+    def read(self, slots: Slots, take: Callable[[int, Bytes], None]) -> None:
+        """Call `take(i, block)` for each of `slots`, in order; the views are the arena's own pages."""
+        for i, slot in enumerate(slots):
+            take(i, self.slot(slot))
 
     def check(self, slots: Slots, generations: Sequence[int]) -> None:
         """Raise KvStale unless each slot still has the generation it was published with."""
@@ -300,6 +332,13 @@ class ArenaReader(_Mapping):
         for slot, want, have in zip(slots, generations, self.generations(slots), strict=True):
             if have != want:
                 raise KvStale(f"slot {slot} has generation {have}, the ticket says {want}")
+
+    def find(self, block_hash: bytes) -> int | None:
+        """Return a published slot with this block hash, as the table says now."""
+        table = self._table
+        is_it = (table["block_hash"] == np.frombuffer(block_hash, "<u8")).all(axis=1)
+        found = np.flatnonzero(is_it & (table["state"] == PUBLISHED))
+        return int(found[0]) if found.size else None
 
 
 def _map_writable(fd: int) -> mmap.mmap:

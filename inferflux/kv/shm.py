@@ -97,11 +97,29 @@ class ArenaServer:
         socket.send_fds(peer, [answer], fds)
 
 
-def fetch(socket_path: Path | str, incarnation: str, timeout_s: float) -> ArenaReader:
+def fetch(socket_path: Path | str, incarnation: str, timeout_s: float, *, populate: bool = True) -> ArenaReader:
     """Get the arena of the worker that listens at `socket_path`. Blocks: call it in a thread, never on a loop.
 
-    Raises KvUnreachable when nobody of our user answers in time, KvStale when it is another incarnation.
+    `populate`: see ArenaReader.open. Raises KvUnreachable when nobody of our user answers in time, KvStale when it is
+    another incarnation.
     """
+    answer, fds = _ask(socket_path, incarnation, timeout_s)
+    return _open(answer, fds, incarnation, populate=populate)
+
+
+def identify(socket_path: Path | str, timeout_s: float) -> str:
+    """Ask which incarnation listens at `socket_path`. Blocks. Raises KvUnreachable when nobody of our user does."""
+    answer, fds = _ask(socket_path, "", timeout_s)
+    for fd in fds:
+        os.close(fd)
+    protocol, _, incarnation = answer.decode(errors="replace").partition(" ")
+    if protocol != PROTOCOL or not incarnation:
+        raise KvUnreachable(f"no arena at {socket_path}: not its protocol")
+    return incarnation
+
+
+def _ask(socket_path: Path | str, incarnation: str, timeout_s: float) -> tuple[bytes, list[int]]:
+    """Name an incarnation; returns the server's answer and, when it is the one, the descriptor."""
     deadline = time.monotonic() + timeout_s
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as peer:
@@ -113,16 +131,28 @@ def fetch(socket_path: Path | str, incarnation: str, timeout_s: float) -> ArenaR
             answer, fds, _, _ = socket.recv_fds(peer, MAX_PACKET, 1, socket.MSG_CMSG_CLOEXEC)
     except OSError as e:
         raise KvUnreachable(f"no arena at {socket_path}: {e}") from e
-    return _open(answer, fds, incarnation)
+    return answer, fds
 
 
-def _open(answer: bytes, fds: list[int], incarnation: str) -> ArenaReader:
+def is_served(socket_path: Path | str, timeout_s: float) -> bool:
+    """Whether somebody listens at `socket_path` whom we may connect to. Blocks."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as peer:
+        peer.settimeout(timeout_s)
+        try:
+            peer.connect(str(socket_path))
+            _require_same_user(peer)
+        except OSError:
+            return False
+        return True
+
+
+def _open(answer: bytes, fds: list[int], incarnation: str, *, populate: bool) -> ArenaReader:
     try:
         if answer and answer != _packet(incarnation):
             raise KvStale(f"the arena of incarnation {incarnation} is gone")
         if not fds:
             raise KvUnreachable("the arena's owner refused")
-        return ArenaReader.open(fds[0])
+        return ArenaReader.open(fds[0], populate=populate)
     finally:
         for fd in fds:
             os.close(fd)

@@ -127,8 +127,8 @@ WORKER_UP = Gauge(
 
 PREFILLS = Counter(
     "inferflux_prefills",
-    "Prompts by where and how their prefill went: remote, local, answered, failed, cancelled.",
-    ("result",),
+    "Prompts by where and how their prefill went: remote, local, answered, failed, cancelled; for local why.",
+    ("result", "why"),
     registry=REGISTRY,
 )
 KV_TRANSFER_BYTES = Counter(
@@ -144,6 +144,18 @@ KV_TRANSFER_SECONDS = Histogram(
     buckets=_TRANSFER_S,
     registry=REGISTRY,
 )
+TRANSPORT_FALLBACK = Counter(
+    "inferflux_transport_fallback",
+    "KV blocks that could not be read as intended, by the transport that failed and what came next (nixl, recompute).",
+    ("from", "to"),
+    registry=REGISTRY,
+)
+KV_PATH_GBPS = Gauge(
+    "inferflux_kv_path_gbps",
+    "Speed of the last read or probe of a prefill worker's arena, in GB/s (10^9 bytes), by peer and transport.",
+    ("peer", "transport"),
+    registry=REGISTRY,
+)
 KV_REJECTED = Counter(
     "inferflux_kv_rejected",
     "Tickets whose blocks were refused or unreadable, so that the prompt was computed again, by reason.",
@@ -152,14 +164,86 @@ KV_REJECTED = Counter(
 )
 KV_SLOTS = Gauge(
     "inferflux_kv_slots",
-    "Arena slots by state: free, used.",
+    "Arena slots by state: free, cached (kept for later prompts, free when needed), used.",
     ("state",),
     registry=REGISTRY,
 )
 TICKETS = Counter(
     "inferflux_tickets",
-    "Tickets by event: issued, released, expired, revoked, orphaned.",
+    "Tickets by event: issued, claimed, committed, released, expired, revoked; orphaned counts slots without a ticket.",
     ("event",),
+    registry=REGISTRY,
+)
+TICKETS_LIVE = Gauge(
+    "inferflux_tickets_live",
+    "Tickets that hold KV blocks now, by state: issued, claimed, committed.",
+    ("state",),
+    registry=REGISTRY,
+)
+TICKET_AGE = Histogram(
+    "inferflux_ticket_age_seconds",
+    "Time from the issue of a ticket to an event (see inferflux_tickets), in seconds.",
+    ("event",),
+    buckets=_LATENCY_S,
+    registry=REGISTRY,
+)
+TICKET_CONFLICT = Counter(
+    "inferflux_ticket_conflict",
+    "Claims and commits refused by a ticket's owner, by what the ticket was: issued, claimed, committed, or stale (of "
+    "another start of the owner).",
+    ("reason",),
+    registry=REGISTRY,
+)
+TICKET_EXPIRED = Counter(
+    "inferflux_ticket_expired",
+    "Tickets that nobody gave back, by what ended them: lease, session (of their gateway).",
+    ("cause",),
+    registry=REGISTRY,
+)
+TICKET_ORPHAN = Counter(
+    "inferflux_ticket_orphan",
+    "Tickets whose owner did not answer a claim in time, so that they were read without one.",
+    registry=REGISTRY,
+)
+RELEASE = Counter(
+    "inferflux_release",
+    "Tickets given back by gateways, by why: committed, recomputed, unneeded, cancelled, rejected, failed.",
+    ("why",),
+    registry=REGISTRY,
+)
+CLAIM_SECONDS = Histogram(
+    "inferflux_claim_seconds",
+    "Time that a decode worker waited for a ticket's owner to answer its claim, in seconds, by result: granted, "
+    "conflict, expired, stale, unanswered.",
+    ("result",),
+    buckets=_TRANSFER_S,
+    registry=REGISTRY,
+)
+
+# --- prefixes ---------------------------------------------------------------------------------------------------------
+
+PREFIX_REQUESTS = Counter(
+    "inferflux_prefix_requests",
+    "Prompts of at least one whole block by how much of them was cached: hit, partial, miss.",
+    ("result",),
+    registry=REGISTRY,
+)
+PREFIX_TOKENS = Counter(
+    "inferflux_prefix_tokens",
+    "Prompt tokens of prefill by where their KV came from: engine, arena, peer, computed.",
+    ("source",),
+    registry=REGISTRY,
+)
+PREFIX_REJECTED = Counter(
+    "inferflux_prefix_rejected",
+    "Prompts whose cached beginning could not be read and was computed, by its source: arena, peer.",
+    ("source",),
+    registry=REGISTRY,
+)
+PREFIX_EVICTIONS = Counter(
+    "inferflux_prefix_evictions",
+    "Kept blocks that were given up, by reason: room, broken.",
+    ("reason",),
     registry=REGISTRY,
 )
 
@@ -180,10 +264,32 @@ PHASES = Counter(
     ("phase", "role", "worker"),
     registry=REGISTRY,
 )
-RETRIES = Counter(
-    "inferflux_retries",
-    "Requests started again on other workers before their first byte, by the reason the first try failed.",
+FAILOVER = Counter(
+    "inferflux_failover",
+    "Requests moved to another worker, by the stage that was lost (prefill, decode) and the reason.",
+    ("stage", "reason"),
+    registry=REGISTRY,
+)
+RESUME_SECONDS = Histogram(
+    "inferflux_resume_seconds",
+    "Time from the loss of a request's decode worker to the next byte of its response, in seconds.",
+    buckets=_LATENCY_S,
+    registry=REGISTRY,
+)
+RESUME_REFUSED = Counter(
+    "inferflux_resume_refused",
+    "Requests that lost their worker and were not moved, by why: moves, budget, no_worker, answer, poison.",
     ("reason",),
+    registry=REGISTRY,
+)
+STREAM_RESUME = Counter(
+    "inferflux_stream_resume",
+    "Streams that went on over another connection of their client.",
+    registry=REGISTRY,
+)
+FENCED_WRITES = Counter(
+    "inferflux_fenced_writes",
+    "Deltas that came late from a worker that had lost the request, and were dropped.",
     registry=REGISTRY,
 )
 IDEMPOTENT_HITS = Counter(

@@ -26,33 +26,37 @@ from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb
 from inferflux.v1 import types_pb2 as inferflux_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!inferflux/v1/decode_service.proto\x12\x0cinferflux.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x18inferflux/v1/types.proto\"\x8f\x01\n\x0eSessionCommand\x12$\n\x05hello\x18\x01 \x01(\x0b\x32\x13.inferflux.v1.HelloH\x00\x12$\n\x05start\x18\x02 \x01(\x0b\x32\x13.inferflux.v1.StartH\x00\x12&\n\x06\x63\x61ncel\x18\x03 \x01(\x0b\x32\x14.inferflux.v1.CancelH\x00\x42\t\n\x07\x63ommand\"/\n\x05Hello\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x12\n\ngateway_id\x18\x02 \x01(\t\"\xdf\x01\n\x05Start\x12\x0e\n\x06handle\x18\x01 \x01(\x04\x12-\n\x07\x63ontext\x18\x02 \x01(\x0b\x32\x1c.inferflux.v1.RequestContext\x12$\n\x04\x63\x61ll\x18\x03 \x01(\x0b\x32\x16.inferflux.v1.HttpCall\x12.\n\x07prompts\x18\x04 \x03(\x0b\x32\x1d.inferflux.v1.PrefilledPrompt\x12-\n\tdelivered\x18\x05 \x03(\x0b\x32\x1a.inferflux.v1.ChoiceTokens\x12\x12\n\nnum_events\x18\x06 \x01(\r\"%\n\x06\x43\x61ncel\x12\x0e\n\x06handle\x18\x01 \x01(\x04\x12\x0b\n\x03why\x18\x02 \x01(\t\"i\n\tStepBatch\x12\x13\n\x0bincarnation\x18\x01 \x01(\t\x12#\n\x06\x64\x65ltas\x18\x02 \x03(\x0b\x32\x13.inferflux.v1.Delta\x12\"\n\x05pulse\x18\x03 \x01(\x0b\x32\x13.inferflux.v1.Pulse\"\xbc\x01\n\x05\x44\x65lta\x12\x0e\n\x06handle\x18\x01 \x01(\x04\x12$\n\x04head\x18\x02 \x01(\x0b\x32\x16.inferflux.v1.HttpHead\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\x12+\n\x07\x63hoices\x18\x04 \x03(\x0b\x32\x1a.inferflux.v1.ChoiceTokens\x12\"\n\x02kv\x18\x05 \x03(\x0b\x32\x16.inferflux.v1.KvReport\x12\x1e\n\x03\x65nd\x18\x06 \x01(\x0b\x32\x11.inferflux.v1.End\">\n\x0c\x43hoiceTokens\x12\r\n\x05index\x18\x01 \x01(\r\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x0c\n\x04text\x18\x03 \x01(\t\"\x9a\x01\n\x08KvReport\x12\x11\n\tticket_id\x18\x01 \x01(\t\x12&\n\x06result\x18\x02 \x01(\x0e\x32\x16.inferflux.v1.KvResult\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x11\n\tnum_bytes\x18\x04 \x01(\x04\x12\x30\n\rtransfer_time\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\"j\n\x03\x45nd\x12\x15\n\rfinish_reason\x18\x01 \x01(\t\x12\"\n\x05usage\x18\x02 \x01(\x0b\x32\x13.inferflux.v1.Usage\x12(\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x19.inferflux.v1.ErrorDetail*p\n\x08KvResult\x12\x19\n\x15KV_RESULT_UNSPECIFIED\x10\x00\x12\x17\n\x13KV_RESULT_COMMITTED\x10\x01\x12\x18\n\x14KV_RESULT_RECOMPUTED\x10\x02\x12\x16\n\x12KV_RESULT_UNNEEDED\x10\x03\x32U\n\rDecodeService\x12\x44\n\x07Session\x12\x1c.inferflux.v1.SessionCommand\x1a\x17.inferflux.v1.StepBatch(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!inferflux/v1/decode_service.proto\x12\x0cinferflux.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x18inferflux/v1/types.proto\"3\n\rRecallRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06tenant\x18\x02 \x01(\t\"\x94\x01\n\x0eRecallResponse\x12$\n\x04\x63\x61ll\x18\x01 \x01(\x0b\x32\x16.inferflux.v1.HttpCall\x12-\n\x07\x63ontext\x18\x02 \x01(\x0b\x32\x1c.inferflux.v1.RequestContext\x12-\n\tdelivered\x18\x03 \x03(\x0b\x32\x1a.inferflux.v1.ChoiceTokens\"\x8f\x01\n\x0eSessionCommand\x12$\n\x05hello\x18\x01 \x01(\x0b\x32\x13.inferflux.v1.HelloH\x00\x12$\n\x05start\x18\x02 \x01(\x0b\x32\x13.inferflux.v1.StartH\x00\x12&\n\x06\x63\x61ncel\x18\x03 \x01(\x0b\x32\x14.inferflux.v1.CancelH\x00\x42\t\n\x07\x63ommand\"/\n\x05Hello\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x12\n\ngateway_id\x18\x02 \x01(\t\"\xdf\x01\n\x05Start\x12\x0e\n\x06handle\x18\x01 \x01(\x04\x12-\n\x07\x63ontext\x18\x02 \x01(\x0b\x32\x1c.inferflux.v1.RequestContext\x12$\n\x04\x63\x61ll\x18\x03 \x01(\x0b\x32\x16.inferflux.v1.HttpCall\x12.\n\x07prompts\x18\x04 \x03(\x0b\x32\x1d.inferflux.v1.PrefilledPrompt\x12-\n\tdelivered\x18\x05 \x03(\x0b\x32\x1a.inferflux.v1.ChoiceTokens\x12\x12\n\nnum_events\x18\x06 \x01(\r\"%\n\x06\x43\x61ncel\x12\x0e\n\x06handle\x18\x01 \x01(\x04\x12\x0b\n\x03why\x18\x02 \x01(\t\"i\n\tStepBatch\x12\x13\n\x0bincarnation\x18\x01 \x01(\t\x12#\n\x06\x64\x65ltas\x18\x02 \x03(\x0b\x32\x13.inferflux.v1.Delta\x12\"\n\x05pulse\x18\x03 \x01(\x0b\x32\x13.inferflux.v1.Pulse\"\xbc\x01\n\x05\x44\x65lta\x12\x0e\n\x06handle\x18\x01 \x01(\x04\x12$\n\x04head\x18\x02 \x01(\x0b\x32\x16.inferflux.v1.HttpHead\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\x12+\n\x07\x63hoices\x18\x04 \x03(\x0b\x32\x1a.inferflux.v1.ChoiceTokens\x12\"\n\x02kv\x18\x05 \x03(\x0b\x32\x16.inferflux.v1.KvReport\x12\x1e\n\x03\x65nd\x18\x06 \x01(\x0b\x32\x11.inferflux.v1.End\">\n\x0c\x43hoiceTokens\x12\r\n\x05index\x18\x01 \x01(\r\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x0c\n\x04text\x18\x03 \x01(\t\"\x9a\x01\n\x08KvReport\x12\x11\n\tticket_id\x18\x01 \x01(\t\x12&\n\x06result\x18\x02 \x01(\x0e\x32\x16.inferflux.v1.KvResult\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x11\n\tnum_bytes\x18\x04 \x01(\x04\x12\x30\n\rtransfer_time\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\"j\n\x03\x45nd\x12\x15\n\rfinish_reason\x18\x01 \x01(\t\x12\"\n\x05usage\x18\x02 \x01(\x0b\x32\x13.inferflux.v1.Usage\x12(\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x19.inferflux.v1.ErrorDetail*p\n\x08KvResult\x12\x19\n\x15KV_RESULT_UNSPECIFIED\x10\x00\x12\x17\n\x13KV_RESULT_COMMITTED\x10\x01\x12\x18\n\x14KV_RESULT_RECOMPUTED\x10\x02\x12\x16\n\x12KV_RESULT_UNNEEDED\x10\x03\x32\x9a\x01\n\rDecodeService\x12\x44\n\x07Session\x12\x1c.inferflux.v1.SessionCommand\x1a\x17.inferflux.v1.StepBatch(\x01\x30\x01\x12\x43\n\x06Recall\x12\x1b.inferflux.v1.RecallRequest\x1a\x1c.inferflux.v1.RecallResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'inferflux.v1.decode_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_KVRESULT']._serialized_start=1196
-  _globals['_KVRESULT']._serialized_end=1308
-  _globals['_SESSIONCOMMAND']._serialized_start=110
-  _globals['_SESSIONCOMMAND']._serialized_end=253
-  _globals['_HELLO']._serialized_start=255
-  _globals['_HELLO']._serialized_end=302
-  _globals['_START']._serialized_start=305
-  _globals['_START']._serialized_end=528
-  _globals['_CANCEL']._serialized_start=530
-  _globals['_CANCEL']._serialized_end=567
-  _globals['_STEPBATCH']._serialized_start=569
-  _globals['_STEPBATCH']._serialized_end=674
-  _globals['_DELTA']._serialized_start=677
-  _globals['_DELTA']._serialized_end=865
-  _globals['_CHOICETOKENS']._serialized_start=867
-  _globals['_CHOICETOKENS']._serialized_end=929
-  _globals['_KVREPORT']._serialized_start=932
-  _globals['_KVREPORT']._serialized_end=1086
-  _globals['_END']._serialized_start=1088
-  _globals['_END']._serialized_end=1194
-  _globals['_DECODESERVICE']._serialized_start=1310
-  _globals['_DECODESERVICE']._serialized_end=1395
+  _globals['_KVRESULT']._serialized_start=1400
+  _globals['_KVRESULT']._serialized_end=1512
+  _globals['_RECALLREQUEST']._serialized_start=109
+  _globals['_RECALLREQUEST']._serialized_end=160
+  _globals['_RECALLRESPONSE']._serialized_start=163
+  _globals['_RECALLRESPONSE']._serialized_end=311
+  _globals['_SESSIONCOMMAND']._serialized_start=314
+  _globals['_SESSIONCOMMAND']._serialized_end=457
+  _globals['_HELLO']._serialized_start=459
+  _globals['_HELLO']._serialized_end=506
+  _globals['_START']._serialized_start=509
+  _globals['_START']._serialized_end=732
+  _globals['_CANCEL']._serialized_start=734
+  _globals['_CANCEL']._serialized_end=771
+  _globals['_STEPBATCH']._serialized_start=773
+  _globals['_STEPBATCH']._serialized_end=878
+  _globals['_DELTA']._serialized_start=881
+  _globals['_DELTA']._serialized_end=1069
+  _globals['_CHOICETOKENS']._serialized_start=1071
+  _globals['_CHOICETOKENS']._serialized_end=1133
+  _globals['_KVREPORT']._serialized_start=1136
+  _globals['_KVREPORT']._serialized_end=1290
+  _globals['_END']._serialized_start=1292
+  _globals['_END']._serialized_end=1398
+  _globals['_DECODESERVICE']._serialized_start=1515
+  _globals['_DECODESERVICE']._serialized_end=1669
 # @@protoc_insertion_point(module_scope)

@@ -50,6 +50,68 @@ KV_RESULT_UNNEEDED: KvResult.ValueType  # 3
 Global___KvResult: _TypeAlias = KvResult  # noqa: Y015
 
 @_typing.final
+class RecallRequest(_message.Message):
+    """Ask for a request."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    """The request."""
+    tenant: _builtins.str
+    """Its tenant; a request of another one is not found."""
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        tenant: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["request_id", b"request_id", "tenant", b"tenant"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RecallRequest: _TypeAlias = RecallRequest  # noqa: Y015
+
+@_typing.final
+class RecallResponse(_message.Message):
+    """What a worker knows of a request."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CALL_FIELD_NUMBER: _builtins.int
+    CONTEXT_FIELD_NUMBER: _builtins.int
+    DELIVERED_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def call(self) -> _types_pb2.HttpCall:
+        """The client's call."""
+
+    @_builtins.property
+    def context(self) -> _types_pb2.RequestContext:
+        """As it was, with the time that is left now."""
+
+    @_builtins.property
+    def delivered(self) -> _containers.RepeatedCompositeFieldContainer[Global___ChoiceTokens]:
+        """All tokens so far, in the order and grouping of the deltas."""
+
+    def __init__(
+        self,
+        *,
+        call: _types_pb2.HttpCall | None = ...,
+        context: _types_pb2.RequestContext | None = ...,
+        delivered: _abc.Iterable[Global___ChoiceTokens] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["call", b"call", "context", b"context"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["call", b"call", "context", b"context", "delivered", b"delivered"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RecallResponse: _TypeAlias = RecallResponse  # noqa: Y015
+
+@_typing.final
 class SessionCommand(_message.Message):
     """One command of a gateway. The first one of a session is hello."""
 

@@ -40,6 +40,11 @@ class DecodeServiceStub:
                 request_serializer=inferflux_dot_v1_dot_decode__service__pb2.SessionCommand.SerializeToString,
                 response_deserializer=inferflux_dot_v1_dot_decode__service__pb2.StepBatch.FromString,
                 _registered_method=True)
+        self.Recall = channel.unary_unary(
+                '/inferflux.v1.DecodeService/Recall',
+                request_serializer=inferflux_dot_v1_dot_decode__service__pb2.RecallRequest.SerializeToString,
+                response_deserializer=inferflux_dot_v1_dot_decode__service__pb2.RecallResponse.FromString,
+                _registered_method=True)
 
 
 class DecodeServiceServicer:
@@ -54,6 +59,14 @@ class DecodeServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Recall(self, request, context):
+        """Takes a request back whose client came back through another connection: ends it here, running or not, and gives what
+        is needed to go on with it. A request is known for 5 s after its end.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_DecodeServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -61,6 +74,11 @@ def add_DecodeServiceServicer_to_server(servicer, server):
                     servicer.Session,
                     request_deserializer=inferflux_dot_v1_dot_decode__service__pb2.SessionCommand.FromString,
                     response_serializer=inferflux_dot_v1_dot_decode__service__pb2.StepBatch.SerializeToString,
+            ),
+            'Recall': grpc.unary_unary_rpc_method_handler(
+                    servicer.Recall,
+                    request_deserializer=inferflux_dot_v1_dot_decode__service__pb2.RecallRequest.FromString,
+                    response_serializer=inferflux_dot_v1_dot_decode__service__pb2.RecallResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -91,6 +109,33 @@ class DecodeService:
             '/inferflux.v1.DecodeService/Session',
             inferflux_dot_v1_dot_decode__service__pb2.SessionCommand.SerializeToString,
             inferflux_dot_v1_dot_decode__service__pb2.StepBatch.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Recall(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/inferflux.v1.DecodeService/Recall',
+            inferflux_dot_v1_dot_decode__service__pb2.RecallRequest.SerializeToString,
+            inferflux_dot_v1_dot_decode__service__pb2.RecallResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -37,6 +37,10 @@ class DecodeServiceStub:
     """One long-lived stream for all requests of a gateway on this worker: the cost of a message is
     paid once per engine step, not once per token.
     """
+    Recall: _grpc.UnaryUnaryMultiCallable[_decode_service_pb2.RecallRequest, _decode_service_pb2.RecallResponse]
+    """Takes a request back whose client came back through another connection: ends it here, running or not, and gives what
+    is needed to go on with it. A request is known for 5 s after its end.
+    """
 
 @_typing.type_check_only
 class DecodeServiceAsyncStub(DecodeServiceStub):
@@ -46,6 +50,10 @@ class DecodeServiceAsyncStub(DecodeServiceStub):
     Session: _aio.StreamStreamMultiCallable[_decode_service_pb2.SessionCommand, _decode_service_pb2.StepBatch]  # type: ignore[assignment]
     """One long-lived stream for all requests of a gateway on this worker: the cost of a message is
     paid once per engine step, not once per token.
+    """
+    Recall: _aio.UnaryUnaryMultiCallable[_decode_service_pb2.RecallRequest, _decode_service_pb2.RecallResponse]  # type: ignore[assignment]
+    """Takes a request back whose client came back through another connection: ends it here, running or not, and gives what
+    is needed to go on with it. A request is known for 5 s after its end.
     """
 
 class DecodeServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -59,6 +67,16 @@ class DecodeServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_abc.Iterator[_decode_service_pb2.StepBatch], _abc.AsyncIterator[_decode_service_pb2.StepBatch]]:
         """One long-lived stream for all requests of a gateway on this worker: the cost of a message is
         paid once per engine step, not once per token.
+        """
+
+    @_abc_1.abstractmethod
+    def Recall(
+        self,
+        request: _decode_service_pb2.RecallRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_decode_service_pb2.RecallResponse, _abc.Awaitable[_decode_service_pb2.RecallResponse]]:
+        """Takes a request back whose client came back through another connection: ends it here, running or not, and gives what
+        is needed to go on with it. A request is known for 5 s after its end.
         """
 
 def add_DecodeServiceServicer_to_server(servicer: DecodeServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -26,13 +26,21 @@ from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb
 from inferflux.v1 import types_pb2 as inferflux_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"inferflux/v1/prefill_service.proto\x12\x0cinferflux.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x18inferflux/v1/types.proto\"y\n\x0ePrefillRequest\x12-\n\x07\x63ontext\x18\x01 \x01(\x0b\x32\x1c.inferflux.v1.RequestContext\x12$\n\x04\x63\x61ll\x18\x02 \x01(\x0b\x32\x16.inferflux.v1.HttpCall\x12\x12\n\nsession_id\x18\x03 \x01(\t\"\xa6\x01\n\x0fPrefillResponse\x12,\n\tprefilled\x18\x01 \x01(\x0b\x32\x17.inferflux.v1.PrefilledH\x00\x12*\n\x06\x61nswer\x18\x02 \x01(\x0b\x32\x18.inferflux.v1.HttpAnswerH\x00\x12.\n\x0b\x65ngine_time\x18\x03 \x01(\x0b\x32\x19.google.protobuf.DurationB\t\n\x07outcome\";\n\tPrefilled\x12.\n\x07prompts\x18\x01 \x03(\x0b\x32\x1d.inferflux.v1.PrefilledPrompt\"F\n\x0eReleaseRequest\x12\x12\n\nticket_ids\x18\x01 \x03(\t\x12\x0b\n\x03why\x18\x02 \x01(\t\x12\x13\n\x0brequest_ids\x18\x03 \x03(\t\"\'\n\x0fReleaseResponse\x12\x14\n\x0cnum_released\x18\x01 \x01(\r\"b\n\x0bWarmRequest\x12-\n\x07\x63ontext\x18\x01 \x01(\x0b\x32\x1c.inferflux.v1.RequestContext\x12$\n\x04\x63\x61ll\x18\x02 \x01(\x0b\x32\x16.inferflux.v1.HttpCall\"\"\n\x0cWarmResponse\x12\x12\n\nnum_tokens\x18\x01 \x01(\r\"6\n\x0cWatchRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x12\n\ngateway_id\x18\x02 \x01(\t\"3\n\rWatchResponse\x12\"\n\x05pulse\x18\x01 \x01(\x0b\x32\x13.inferflux.v1.Pulse2\xa3\x02\n\x0ePrefillService\x12\x46\n\x07Prefill\x12\x1c.inferflux.v1.PrefillRequest\x1a\x1d.inferflux.v1.PrefillResponse\x12\x46\n\x07Release\x12\x1c.inferflux.v1.ReleaseRequest\x1a\x1d.inferflux.v1.ReleaseResponse\x12=\n\x04Warm\x12\x19.inferflux.v1.WarmRequest\x1a\x1a.inferflux.v1.WarmResponse\x12\x42\n\x05Watch\x12\x1a.inferflux.v1.WatchRequest\x1a\x1b.inferflux.v1.WatchResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"inferflux/v1/prefill_service.proto\x12\x0cinferflux.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x18inferflux/v1/types.proto\"y\n\x0ePrefillRequest\x12-\n\x07\x63ontext\x18\x01 \x01(\x0b\x32\x1c.inferflux.v1.RequestContext\x12$\n\x04\x63\x61ll\x18\x02 \x01(\x0b\x32\x16.inferflux.v1.HttpCall\x12\x12\n\nsession_id\x18\x03 \x01(\t\"\xa6\x01\n\x0fPrefillResponse\x12,\n\tprefilled\x18\x01 \x01(\x0b\x32\x17.inferflux.v1.PrefilledH\x00\x12*\n\x06\x61nswer\x18\x02 \x01(\x0b\x32\x18.inferflux.v1.HttpAnswerH\x00\x12.\n\x0b\x65ngine_time\x18\x03 \x01(\x0b\x32\x19.google.protobuf.DurationB\t\n\x07outcome\";\n\tPrefilled\x12.\n\x07prompts\x18\x01 \x03(\x0b\x32\x1d.inferflux.v1.PrefilledPrompt\"F\n\x0eReleaseRequest\x12\x12\n\nticket_ids\x18\x01 \x03(\t\x12\x0b\n\x03why\x18\x02 \x01(\t\x12\x13\n\x0brequest_ids\x18\x03 \x03(\t\"\'\n\x0fReleaseResponse\x12\x14\n\x0cnum_released\x18\x01 \x01(\r\"3\n\tTicketRef\x12\x11\n\tticket_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\"2\n\x08\x43laimant\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\"b\n\x0c\x43laimRequest\x12(\n\x08\x63laimant\x18\x01 \x01(\x0b\x32\x16.inferflux.v1.Claimant\x12(\n\x07tickets\x18\x02 \x03(\x0b\x32\x17.inferflux.v1.TicketRef\"R\n\rClaimResponse\x12,\n\x08verdicts\x18\x01 \x03(\x0e\x32\x1a.inferflux.v1.ClaimVerdict\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\"c\n\rCommitRequest\x12(\n\x08\x63laimant\x18\x01 \x01(\x0b\x32\x16.inferflux.v1.Claimant\x12(\n\x07tickets\x18\x02 \x03(\x0b\x32\x17.inferflux.v1.TicketRef\">\n\x0e\x43ommitResponse\x12,\n\x08verdicts\x18\x01 \x03(\x0e\x32\x1a.inferflux.v1.ClaimVerdict\"o\n\x0bWarmRequest\x12-\n\x07\x63ontext\x18\x01 \x01(\x0b\x32\x1c.inferflux.v1.RequestContext\x12$\n\x04\x63\x61ll\x18\x02 \x01(\x0b\x32\x16.inferflux.v1.HttpCall\x12\x0b\n\x03pin\x18\x03 \x01(\t\"\"\n\x0cWarmResponse\x12\x12\n\nnum_tokens\x18\x01 \x01(\r\"\x1c\n\x0cUnpinRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"#\n\rUnpinResponse\x12\x12\n\nwas_pinned\x18\x01 \x01(\x08\"\x11\n\x0fGetCacheRequest\"0\n\x0cPinnedPrefix\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nnum_tokens\x18\x02 \x01(\r\"\xc4\x04\n\x10GetCacheResponse\x12\x12\n\nblock_size\x18\x01 \x01(\r\x12\x11\n\tnum_slots\x18\x02 \x01(\r\x12\x16\n\x0enum_free_slots\x18\x03 \x01(\r\x12\x16\n\x0enum_kept_slots\x18\x04 \x01(\r\x12\x18\n\x10num_cached_slots\x18\x05 \x01(\r\x12\x18\n\x10num_pinned_slots\x18\x06 \x01(\r\x12\x18\n\x10max_pinned_slots\x18\x07 \x01(\r\x12\x11\n\tnum_peers\x18\x08 \x01(\r\x12(\n\x04pins\x18\t \x03(\x0b\x32\x1a.inferflux.v1.PinnedPrefix\x12>\n\x08requests\x18\n \x03(\x0b\x32,.inferflux.v1.GetCacheResponse.RequestsEntry\x12:\n\x06tokens\x18\x0b \x03(\x0b\x32*.inferflux.v1.GetCacheResponse.TokensEntry\x12@\n\tevictions\x18\x0c \x03(\x0b\x32-.inferflux.v1.GetCacheResponse.EvictionsEntry\x1a/\n\rRequestsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\x1a-\n\x0bTokensEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\x1a\x30\n\x0e\x45victionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"6\n\x0cWatchRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x12\n\ngateway_id\x18\x02 \x01(\t\"3\n\rWatchResponse\x12\"\n\x05pulse\x18\x01 \x01(\x0b\x32\x13.inferflux.v1.Pulse\";\n\x10HandshakeRequest\x12\x13\n\x0bincarnation\x18\x01 \x01(\t\x12\x12\n\nwants_nixl\x18\x02 \x01(\x08\"a\n\x11HandshakeResponse\x12&\n\x03shm\x18\x01 \x01(\x0b\x32\x19.inferflux.v1.ShmLocation\x12$\n\x04nixl\x18\x02 \x01(\x0b\x32\x16.inferflux.v1.NixlPeer*\x98\x01\n\x0c\x43laimVerdict\x12\x1d\n\x19\x43LAIM_VERDICT_UNSPECIFIED\x10\x00\x12\x19\n\x15\x43LAIM_VERDICT_GRANTED\x10\x01\x12\x1a\n\x16\x43LAIM_VERDICT_CONFLICT\x10\x02\x12\x19\n\x15\x43LAIM_VERDICT_EXPIRED\x10\x03\x12\x17\n\x13\x43LAIM_VERDICT_STALE\x10\x04\x32\x85\x05\n\x0ePrefillService\x12\x46\n\x07Prefill\x12\x1c.inferflux.v1.PrefillRequest\x1a\x1d.inferflux.v1.PrefillResponse\x12\x46\n\x07Release\x12\x1c.inferflux.v1.ReleaseRequest\x1a\x1d.inferflux.v1.ReleaseResponse\x12@\n\x05\x43laim\x12\x1a.inferflux.v1.ClaimRequest\x1a\x1b.inferflux.v1.ClaimResponse\x12\x43\n\x06\x43ommit\x12\x1b.inferflux.v1.CommitRequest\x1a\x1c.inferflux.v1.CommitResponse\x12=\n\x04Warm\x12\x19.inferflux.v1.WarmRequest\x1a\x1a.inferflux.v1.WarmResponse\x12@\n\x05Unpin\x12\x1a.inferflux.v1.UnpinRequest\x1a\x1b.inferflux.v1.UnpinResponse\x12I\n\x08GetCache\x12\x1d.inferflux.v1.GetCacheRequest\x1a\x1e.inferflux.v1.GetCacheResponse\x12\x42\n\x05Watch\x12\x1a.inferflux.v1.WatchRequest\x1a\x1b.inferflux.v1.WatchResponse0\x01\x12L\n\tHandshake\x12\x1e.inferflux.v1.HandshakeRequest\x1a\x1f.inferflux.v1.HandshakeResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'inferflux.v1.prefill_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_GETCACHERESPONSE_REQUESTSENTRY']._loaded_options = None
+  _globals['_GETCACHERESPONSE_REQUESTSENTRY']._serialized_options = b'8\001'
+  _globals['_GETCACHERESPONSE_TOKENSENTRY']._loaded_options = None
+  _globals['_GETCACHERESPONSE_TOKENSENTRY']._serialized_options = b'8\001'
+  _globals['_GETCACHERESPONSE_EVICTIONSENTRY']._loaded_options = None
+  _globals['_GETCACHERESPONSE_EVICTIONSENTRY']._serialized_options = b'8\001'
+  _globals['_CLAIMVERDICT']._serialized_start=2168
+  _globals['_CLAIMVERDICT']._serialized_end=2320
   _globals['_PREFILLREQUEST']._serialized_start=110
   _globals['_PREFILLREQUEST']._serialized_end=231
   _globals['_PREFILLRESPONSE']._serialized_start=234
@@ -43,14 +51,46 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_RELEASEREQUEST']._serialized_end=533
   _globals['_RELEASERESPONSE']._serialized_start=535
   _globals['_RELEASERESPONSE']._serialized_end=574
-  _globals['_WARMREQUEST']._serialized_start=576
-  _globals['_WARMREQUEST']._serialized_end=674
-  _globals['_WARMRESPONSE']._serialized_start=676
-  _globals['_WARMRESPONSE']._serialized_end=710
-  _globals['_WATCHREQUEST']._serialized_start=712
-  _globals['_WATCHREQUEST']._serialized_end=766
-  _globals['_WATCHRESPONSE']._serialized_start=768
-  _globals['_WATCHRESPONSE']._serialized_end=819
-  _globals['_PREFILLSERVICE']._serialized_start=822
-  _globals['_PREFILLSERVICE']._serialized_end=1113
+  _globals['_TICKETREF']._serialized_start=576
+  _globals['_TICKETREF']._serialized_end=627
+  _globals['_CLAIMANT']._serialized_start=629
+  _globals['_CLAIMANT']._serialized_end=679
+  _globals['_CLAIMREQUEST']._serialized_start=681
+  _globals['_CLAIMREQUEST']._serialized_end=779
+  _globals['_CLAIMRESPONSE']._serialized_start=781
+  _globals['_CLAIMRESPONSE']._serialized_end=863
+  _globals['_COMMITREQUEST']._serialized_start=865
+  _globals['_COMMITREQUEST']._serialized_end=964
+  _globals['_COMMITRESPONSE']._serialized_start=966
+  _globals['_COMMITRESPONSE']._serialized_end=1028
+  _globals['_WARMREQUEST']._serialized_start=1030
+  _globals['_WARMREQUEST']._serialized_end=1141
+  _globals['_WARMRESPONSE']._serialized_start=1143
+  _globals['_WARMRESPONSE']._serialized_end=1177
+  _globals['_UNPINREQUEST']._serialized_start=1179
+  _globals['_UNPINREQUEST']._serialized_end=1207
+  _globals['_UNPINRESPONSE']._serialized_start=1209
+  _globals['_UNPINRESPONSE']._serialized_end=1244
+  _globals['_GETCACHEREQUEST']._serialized_start=1246
+  _globals['_GETCACHEREQUEST']._serialized_end=1263
+  _globals['_PINNEDPREFIX']._serialized_start=1265
+  _globals['_PINNEDPREFIX']._serialized_end=1313
+  _globals['_GETCACHERESPONSE']._serialized_start=1316
+  _globals['_GETCACHERESPONSE']._serialized_end=1896
+  _globals['_GETCACHERESPONSE_REQUESTSENTRY']._serialized_start=1752
+  _globals['_GETCACHERESPONSE_REQUESTSENTRY']._serialized_end=1799
+  _globals['_GETCACHERESPONSE_TOKENSENTRY']._serialized_start=1801
+  _globals['_GETCACHERESPONSE_TOKENSENTRY']._serialized_end=1846
+  _globals['_GETCACHERESPONSE_EVICTIONSENTRY']._serialized_start=1848
+  _globals['_GETCACHERESPONSE_EVICTIONSENTRY']._serialized_end=1896
+  _globals['_WATCHREQUEST']._serialized_start=1898
+  _globals['_WATCHREQUEST']._serialized_end=1952
+  _globals['_WATCHRESPONSE']._serialized_start=1954
+  _globals['_WATCHRESPONSE']._serialized_end=2005
+  _globals['_HANDSHAKEREQUEST']._serialized_start=2007
+  _globals['_HANDSHAKEREQUEST']._serialized_end=2066
+  _globals['_HANDSHAKERESPONSE']._serialized_start=2068
+  _globals['_HANDSHAKERESPONSE']._serialized_end=2165
+  _globals['_PREFILLSERVICE']._serialized_start=2323
+  _globals['_PREFILLSERVICE']._serialized_end=2968
 # @@protoc_insertion_point(module_scope)

@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class PrefillServiceStub:
-    """Turns prompts into KV blocks and tickets. Callers: gateway.
+    """Turns prompts into KV blocks and tickets. Callers: gateway, and decode where a method says so.
     """
 
     def __init__(self, channel):
@@ -45,20 +45,45 @@ class PrefillServiceStub:
                 request_serializer=inferflux_dot_v1_dot_prefill__service__pb2.ReleaseRequest.SerializeToString,
                 response_deserializer=inferflux_dot_v1_dot_prefill__service__pb2.ReleaseResponse.FromString,
                 _registered_method=True)
+        self.Claim = channel.unary_unary(
+                '/inferflux.v1.PrefillService/Claim',
+                request_serializer=inferflux_dot_v1_dot_prefill__service__pb2.ClaimRequest.SerializeToString,
+                response_deserializer=inferflux_dot_v1_dot_prefill__service__pb2.ClaimResponse.FromString,
+                _registered_method=True)
+        self.Commit = channel.unary_unary(
+                '/inferflux.v1.PrefillService/Commit',
+                request_serializer=inferflux_dot_v1_dot_prefill__service__pb2.CommitRequest.SerializeToString,
+                response_deserializer=inferflux_dot_v1_dot_prefill__service__pb2.CommitResponse.FromString,
+                _registered_method=True)
         self.Warm = channel.unary_unary(
                 '/inferflux.v1.PrefillService/Warm',
                 request_serializer=inferflux_dot_v1_dot_prefill__service__pb2.WarmRequest.SerializeToString,
                 response_deserializer=inferflux_dot_v1_dot_prefill__service__pb2.WarmResponse.FromString,
+                _registered_method=True)
+        self.Unpin = channel.unary_unary(
+                '/inferflux.v1.PrefillService/Unpin',
+                request_serializer=inferflux_dot_v1_dot_prefill__service__pb2.UnpinRequest.SerializeToString,
+                response_deserializer=inferflux_dot_v1_dot_prefill__service__pb2.UnpinResponse.FromString,
+                _registered_method=True)
+        self.GetCache = channel.unary_unary(
+                '/inferflux.v1.PrefillService/GetCache',
+                request_serializer=inferflux_dot_v1_dot_prefill__service__pb2.GetCacheRequest.SerializeToString,
+                response_deserializer=inferflux_dot_v1_dot_prefill__service__pb2.GetCacheResponse.FromString,
                 _registered_method=True)
         self.Watch = channel.unary_stream(
                 '/inferflux.v1.PrefillService/Watch',
                 request_serializer=inferflux_dot_v1_dot_prefill__service__pb2.WatchRequest.SerializeToString,
                 response_deserializer=inferflux_dot_v1_dot_prefill__service__pb2.WatchResponse.FromString,
                 _registered_method=True)
+        self.Handshake = channel.unary_unary(
+                '/inferflux.v1.PrefillService/Handshake',
+                request_serializer=inferflux_dot_v1_dot_prefill__service__pb2.HandshakeRequest.SerializeToString,
+                response_deserializer=inferflux_dot_v1_dot_prefill__service__pb2.HandshakeResponse.FromString,
+                _registered_method=True)
 
 
 class PrefillServiceServicer:
-    """Turns prompts into KV blocks and tickets. Callers: gateway.
+    """Turns prompts into KV blocks and tickets. Callers: gateway, and decode where a method says so.
     """
 
     def Prefill(self, request, context):
@@ -75,8 +100,36 @@ class PrefillServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Claim(self, request, context):
+        """Reserves tickets for one reader, who reads only what is granted. Idempotent for the same reader. Callers: decode.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Commit(self, request, context):
+        """Notes that their reader has everything. Idempotent. Callers: decode.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Warm(self, request, context):
-        """Computes a prefix so that later requests find it cached.
+        """Computes a prefix so that later requests find it cached, and may pin it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Unpin(self, request, context):
+        """Lets a pinned prefix go. Idempotent.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetCache(self, request, context):
+        """What the prefix store holds and did.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -84,6 +137,13 @@ class PrefillServiceServicer:
 
     def Watch(self, request, context):
         """Sends a pulse each 250 ms. The stream is also the lease of the session's tickets.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Handshake(self, request, context):
+        """Says how a decode worker reads this worker's arena, once per pair. Callers: decode.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -102,15 +162,40 @@ def add_PrefillServiceServicer_to_server(servicer, server):
                     request_deserializer=inferflux_dot_v1_dot_prefill__service__pb2.ReleaseRequest.FromString,
                     response_serializer=inferflux_dot_v1_dot_prefill__service__pb2.ReleaseResponse.SerializeToString,
             ),
+            'Claim': grpc.unary_unary_rpc_method_handler(
+                    servicer.Claim,
+                    request_deserializer=inferflux_dot_v1_dot_prefill__service__pb2.ClaimRequest.FromString,
+                    response_serializer=inferflux_dot_v1_dot_prefill__service__pb2.ClaimResponse.SerializeToString,
+            ),
+            'Commit': grpc.unary_unary_rpc_method_handler(
+                    servicer.Commit,
+                    request_deserializer=inferflux_dot_v1_dot_prefill__service__pb2.CommitRequest.FromString,
+                    response_serializer=inferflux_dot_v1_dot_prefill__service__pb2.CommitResponse.SerializeToString,
+            ),
             'Warm': grpc.unary_unary_rpc_method_handler(
                     servicer.Warm,
                     request_deserializer=inferflux_dot_v1_dot_prefill__service__pb2.WarmRequest.FromString,
                     response_serializer=inferflux_dot_v1_dot_prefill__service__pb2.WarmResponse.SerializeToString,
             ),
+            'Unpin': grpc.unary_unary_rpc_method_handler(
+                    servicer.Unpin,
+                    request_deserializer=inferflux_dot_v1_dot_prefill__service__pb2.UnpinRequest.FromString,
+                    response_serializer=inferflux_dot_v1_dot_prefill__service__pb2.UnpinResponse.SerializeToString,
+            ),
+            'GetCache': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetCache,
+                    request_deserializer=inferflux_dot_v1_dot_prefill__service__pb2.GetCacheRequest.FromString,
+                    response_serializer=inferflux_dot_v1_dot_prefill__service__pb2.GetCacheResponse.SerializeToString,
+            ),
             'Watch': grpc.unary_stream_rpc_method_handler(
                     servicer.Watch,
                     request_deserializer=inferflux_dot_v1_dot_prefill__service__pb2.WatchRequest.FromString,
                     response_serializer=inferflux_dot_v1_dot_prefill__service__pb2.WatchResponse.SerializeToString,
+            ),
+            'Handshake': grpc.unary_unary_rpc_method_handler(
+                    servicer.Handshake,
+                    request_deserializer=inferflux_dot_v1_dot_prefill__service__pb2.HandshakeRequest.FromString,
+                    response_serializer=inferflux_dot_v1_dot_prefill__service__pb2.HandshakeResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -121,7 +206,7 @@ def add_PrefillServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class PrefillService:
-    """Turns prompts into KV blocks and tickets. Callers: gateway.
+    """Turns prompts into KV blocks and tickets. Callers: gateway, and decode where a method says so.
     """
 
     @staticmethod
@@ -179,6 +264,60 @@ class PrefillService:
             _registered_method=True)
 
     @staticmethod
+    def Claim(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/inferflux.v1.PrefillService/Claim',
+            inferflux_dot_v1_dot_prefill__service__pb2.ClaimRequest.SerializeToString,
+            inferflux_dot_v1_dot_prefill__service__pb2.ClaimResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Commit(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/inferflux.v1.PrefillService/Commit',
+            inferflux_dot_v1_dot_prefill__service__pb2.CommitRequest.SerializeToString,
+            inferflux_dot_v1_dot_prefill__service__pb2.CommitResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def Warm(request,
             target,
             options=(),
@@ -206,6 +345,60 @@ class PrefillService:
             _registered_method=True)
 
     @staticmethod
+    def Unpin(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/inferflux.v1.PrefillService/Unpin',
+            inferflux_dot_v1_dot_prefill__service__pb2.UnpinRequest.SerializeToString,
+            inferflux_dot_v1_dot_prefill__service__pb2.UnpinResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetCache(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/inferflux.v1.PrefillService/GetCache',
+            inferflux_dot_v1_dot_prefill__service__pb2.GetCacheRequest.SerializeToString,
+            inferflux_dot_v1_dot_prefill__service__pb2.GetCacheResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def Watch(request,
             target,
             options=(),
@@ -222,6 +415,33 @@ class PrefillService:
             '/inferflux.v1.PrefillService/Watch',
             inferflux_dot_v1_dot_prefill__service__pb2.WatchRequest.SerializeToString,
             inferflux_dot_v1_dot_prefill__service__pb2.WatchResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Handshake(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/inferflux.v1.PrefillService/Handshake',
+            inferflux_dot_v1_dot_prefill__service__pb2.HandshakeRequest.SerializeToString,
+            inferflux_dot_v1_dot_prefill__service__pb2.HandshakeResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -27,7 +27,7 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from inferflux.v1 import types_pb2 as inferflux_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#inferflux/v1/registry_service.proto\x12\x0cinferflux.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x18inferflux/v1/types.proto\"\xbb\x02\n\x0cWorkerRecord\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12&\n\x04role\x18\x03 \x01(\x0e\x32\x18.inferflux.v1.WorkerRole\x12\r\n\x05model\x18\x04 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x05 \x01(\t\x12(\n\x05state\x18\x06 \x01(\x0e\x32\x19.inferflux.v1.WorkerState\x12\x0e\n\x06reason\x18\x07 \x01(\t\x12\x33\n\x0b\x66ingerprint\x18\x08 \x01(\x0b\x32\x1e.inferflux.v1.ModelFingerprint\x12\x0f\n\x07host_id\x18\t \x01(\t\x12\x0e\n\x06\x65ngine\x18\n \x01(\t\x12\x15\n\rmax_model_len\x18\x0b \x01(\r\x12\x14\n\x0cmax_num_seqs\x18\x0c \x01(\r\"\xab\x01\n\x0bModelRecord\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12\r\n\x05\x64type\x18\x03 \x01(\t\x12\x15\n\rmax_model_len\x18\x04 \x01(\r\x12\x14\n\x0c\x63\x61pabilities\x18\x05 \x03(\t\x12.\n\ncreated_at\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x12\n\nis_default\x18\x07 \x01(\x08\"|\n\x10RegistrySnapshot\x12\x10\n\x08revision\x18\x01 \x01(\x04\x12+\n\x07workers\x18\x02 \x03(\x0b\x32\x1a.inferflux.v1.WorkerRecord\x12)\n\x06models\x18\x03 \x03(\x0b\x32\x19.inferflux.v1.ModelRecord\"m\n\x15RegisterWorkerRequest\x12*\n\x06worker\x18\x01 \x01(\x0b\x32\x1a.inferflux.v1.WorkerRecord\x12(\n\x05model\x18\x02 \x01(\x0b\x32\x19.inferflux.v1.ModelRecord\"B\n\x16RegisterWorkerResponse\x12(\n\x05lease\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\"A\n\x17\x44\x65registerWorkerRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\"\x1a\n\x18\x44\x65registerWorkerResponse\"<\n\x14WatchRegistryRequest\x12\x12\n\ngateway_id\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\x04\"I\n\x15WatchRegistryResponse\x12\x30\n\x08snapshot\x18\x01 \x01(\x0b\x32\x1e.inferflux.v1.RegistrySnapshot\";\n\x0fPutModelRequest\x12(\n\x05model\x18\x01 \x01(\x0b\x32\x19.inferflux.v1.ModelRecord\"$\n\x10PutModelResponse\x12\x10\n\x08revision\x18\x01 \x01(\x04\"\"\n\x12\x44\x65leteModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\'\n\x13\x44\x65leteModelResponse\x12\x10\n\x08revision\x18\x01 \x01(\x04\x32\xcc\x03\n\x0fRegistryService\x12[\n\x0eRegisterWorker\x12#.inferflux.v1.RegisterWorkerRequest\x1a$.inferflux.v1.RegisterWorkerResponse\x12\x61\n\x10\x44\x65registerWorker\x12%.inferflux.v1.DeregisterWorkerRequest\x1a&.inferflux.v1.DeregisterWorkerResponse\x12Z\n\rWatchSnapshot\x12\".inferflux.v1.WatchRegistryRequest\x1a#.inferflux.v1.WatchRegistryResponse0\x01\x12I\n\x08PutModel\x12\x1d.inferflux.v1.PutModelRequest\x1a\x1e.inferflux.v1.PutModelResponse\x12R\n\x0b\x44\x65leteModel\x12 .inferflux.v1.DeleteModelRequest\x1a!.inferflux.v1.DeleteModelResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#inferflux/v1/registry_service.proto\x12\x0cinferflux.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x18inferflux/v1/types.proto\"\xcf\x02\n\x0cWorkerRecord\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12&\n\x04role\x18\x03 \x01(\x0e\x32\x18.inferflux.v1.WorkerRole\x12\r\n\x05model\x18\x04 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x05 \x01(\t\x12(\n\x05state\x18\x06 \x01(\x0e\x32\x19.inferflux.v1.WorkerState\x12\x0e\n\x06reason\x18\x07 \x01(\t\x12\x33\n\x0b\x66ingerprint\x18\x08 \x01(\x0b\x32\x1e.inferflux.v1.ModelFingerprint\x12\x0f\n\x07host_id\x18\t \x01(\t\x12\x0e\n\x06\x65ngine\x18\n \x01(\t\x12\x15\n\rmax_model_len\x18\x0b \x01(\r\x12\x14\n\x0cmax_num_seqs\x18\x0c \x01(\r\x12\x12\n\ntransports\x18\r \x03(\t\"\xab\x01\n\x0bModelRecord\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12\r\n\x05\x64type\x18\x03 \x01(\t\x12\x15\n\rmax_model_len\x18\x04 \x01(\r\x12\x14\n\x0c\x63\x61pabilities\x18\x05 \x03(\t\x12.\n\ncreated_at\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x12\n\nis_default\x18\x07 \x01(\x08\"|\n\x10RegistrySnapshot\x12\x10\n\x08revision\x18\x01 \x01(\x04\x12+\n\x07workers\x18\x02 \x03(\x0b\x32\x1a.inferflux.v1.WorkerRecord\x12)\n\x06models\x18\x03 \x03(\x0b\x32\x19.inferflux.v1.ModelRecord\"m\n\x15RegisterWorkerRequest\x12*\n\x06worker\x18\x01 \x01(\x0b\x32\x1a.inferflux.v1.WorkerRecord\x12(\n\x05model\x18\x02 \x01(\x0b\x32\x19.inferflux.v1.ModelRecord\"B\n\x16RegisterWorkerResponse\x12(\n\x05lease\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\"A\n\x17\x44\x65registerWorkerRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\"\x1a\n\x18\x44\x65registerWorkerResponse\"<\n\x14WatchRegistryRequest\x12\x12\n\ngateway_id\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\x04\"I\n\x15WatchRegistryResponse\x12\x30\n\x08snapshot\x18\x01 \x01(\x0b\x32\x1e.inferflux.v1.RegistrySnapshot\";\n\x0fPutModelRequest\x12(\n\x05model\x18\x01 \x01(\x0b\x32\x19.inferflux.v1.ModelRecord\"$\n\x10PutModelResponse\x12\x10\n\x08revision\x18\x01 \x01(\x04\"\"\n\x12\x44\x65leteModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\'\n\x13\x44\x65leteModelResponse\x12\x10\n\x08revision\x18\x01 \x01(\x04\x32\xcc\x03\n\x0fRegistryService\x12[\n\x0eRegisterWorker\x12#.inferflux.v1.RegisterWorkerRequest\x1a$.inferflux.v1.RegisterWorkerResponse\x12\x61\n\x10\x44\x65registerWorker\x12%.inferflux.v1.DeregisterWorkerRequest\x1a&.inferflux.v1.DeregisterWorkerResponse\x12Z\n\rWatchSnapshot\x12\".inferflux.v1.WatchRegistryRequest\x1a#.inferflux.v1.WatchRegistryResponse0\x01\x12I\n\x08PutModel\x12\x1d.inferflux.v1.PutModelRequest\x1a\x1e.inferflux.v1.PutModelResponse\x12R\n\x0b\x44\x65leteModel\x12 .inferflux.v1.DeleteModelRequest\x1a!.inferflux.v1.DeleteModelResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,31 +35,31 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'inferflux.v1.registry_servi
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_WORKERRECORD']._serialized_start=145
-  _globals['_WORKERRECORD']._serialized_end=460
-  _globals['_MODELRECORD']._serialized_start=463
-  _globals['_MODELRECORD']._serialized_end=634
-  _globals['_REGISTRYSNAPSHOT']._serialized_start=636
-  _globals['_REGISTRYSNAPSHOT']._serialized_end=760
-  _globals['_REGISTERWORKERREQUEST']._serialized_start=762
-  _globals['_REGISTERWORKERREQUEST']._serialized_end=871
-  _globals['_REGISTERWORKERRESPONSE']._serialized_start=873
-  _globals['_REGISTERWORKERRESPONSE']._serialized_end=939
-  _globals['_DEREGISTERWORKERREQUEST']._serialized_start=941
-  _globals['_DEREGISTERWORKERREQUEST']._serialized_end=1006
-  _globals['_DEREGISTERWORKERRESPONSE']._serialized_start=1008
-  _globals['_DEREGISTERWORKERRESPONSE']._serialized_end=1034
-  _globals['_WATCHREGISTRYREQUEST']._serialized_start=1036
-  _globals['_WATCHREGISTRYREQUEST']._serialized_end=1096
-  _globals['_WATCHREGISTRYRESPONSE']._serialized_start=1098
-  _globals['_WATCHREGISTRYRESPONSE']._serialized_end=1171
-  _globals['_PUTMODELREQUEST']._serialized_start=1173
-  _globals['_PUTMODELREQUEST']._serialized_end=1232
-  _globals['_PUTMODELRESPONSE']._serialized_start=1234
-  _globals['_PUTMODELRESPONSE']._serialized_end=1270
-  _globals['_DELETEMODELREQUEST']._serialized_start=1272
-  _globals['_DELETEMODELREQUEST']._serialized_end=1306
-  _globals['_DELETEMODELRESPONSE']._serialized_start=1308
-  _globals['_DELETEMODELRESPONSE']._serialized_end=1347
-  _globals['_REGISTRYSERVICE']._serialized_start=1350
-  _globals['_REGISTRYSERVICE']._serialized_end=1810
+  _globals['_WORKERRECORD']._serialized_end=480
+  _globals['_MODELRECORD']._serialized_start=483
+  _globals['_MODELRECORD']._serialized_end=654
+  _globals['_REGISTRYSNAPSHOT']._serialized_start=656
+  _globals['_REGISTRYSNAPSHOT']._serialized_end=780
+  _globals['_REGISTERWORKERREQUEST']._serialized_start=782
+  _globals['_REGISTERWORKERREQUEST']._serialized_end=891
+  _globals['_REGISTERWORKERRESPONSE']._serialized_start=893
+  _globals['_REGISTERWORKERRESPONSE']._serialized_end=959
+  _globals['_DEREGISTERWORKERREQUEST']._serialized_start=961
+  _globals['_DEREGISTERWORKERREQUEST']._serialized_end=1026
+  _globals['_DEREGISTERWORKERRESPONSE']._serialized_start=1028
+  _globals['_DEREGISTERWORKERRESPONSE']._serialized_end=1054
+  _globals['_WATCHREGISTRYREQUEST']._serialized_start=1056
+  _globals['_WATCHREGISTRYREQUEST']._serialized_end=1116
+  _globals['_WATCHREGISTRYRESPONSE']._serialized_start=1118
+  _globals['_WATCHREGISTRYRESPONSE']._serialized_end=1191
+  _globals['_PUTMODELREQUEST']._serialized_start=1193
+  _globals['_PUTMODELREQUEST']._serialized_end=1252
+  _globals['_PUTMODELRESPONSE']._serialized_start=1254
+  _globals['_PUTMODELRESPONSE']._serialized_end=1290
+  _globals['_DELETEMODELREQUEST']._serialized_start=1292
+  _globals['_DELETEMODELREQUEST']._serialized_end=1326
+  _globals['_DELETEMODELRESPONSE']._serialized_start=1328
+  _globals['_DELETEMODELRESPONSE']._serialized_end=1367
+  _globals['_REGISTRYSERVICE']._serialized_start=1370
+  _globals['_REGISTRYSERVICE']._serialized_end=1830
 # @@protoc_insertion_point(module_scope)

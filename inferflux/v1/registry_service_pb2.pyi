@@ -39,6 +39,7 @@ class WorkerRecord(_message.Message):
     ENGINE_FIELD_NUMBER: _builtins.int
     MAX_MODEL_LEN_FIELD_NUMBER: _builtins.int
     MAX_NUM_SEQS_FIELD_NUMBER: _builtins.int
+    TRANSPORTS_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     """Stable over restarts, e.g. decode-0."""
     incarnation: _builtins.str
@@ -65,6 +66,10 @@ class WorkerRecord(_message.Message):
     def fingerprint(self) -> _types_pb2.ModelFingerprint:
         """What its KV blocks are compatible with."""
 
+    @_builtins.property
+    def transports(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """How KV blocks may reach or leave it, best first: shm (the same host only), nixl. None means shm."""
+
     def __init__(
         self,
         *,
@@ -80,10 +85,11 @@ class WorkerRecord(_message.Message):
         engine: _builtins.str = ...,
         max_model_len: _builtins.int = ...,
         max_num_seqs: _builtins.int = ...,
+        transports: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["fingerprint", b"fingerprint"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "engine", b"engine", "fingerprint", b"fingerprint", "host_id", b"host_id", "incarnation", b"incarnation", "max_model_len", b"max_model_len", "max_num_seqs", b"max_num_seqs", "model", b"model", "reason", b"reason", "role", b"role", "state", b"state", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "engine", b"engine", "fingerprint", b"fingerprint", "host_id", b"host_id", "incarnation", b"incarnation", "max_model_len", b"max_model_len", "max_num_seqs", b"max_num_seqs", "model", b"model", "reason", b"reason", "role", b"role", "state", b"state", "transports", b"transports", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

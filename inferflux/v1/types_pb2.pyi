@@ -313,6 +313,40 @@ class ShmLocation(_message.Message):
 Global___ShmLocation: _TypeAlias = ShmLocation  # noqa: Y015
 
 @_typing.final
+class NixlPeer(_message.Message):
+    """What a reader needs for one-sided reads of a whole arena through NIXL."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    AGENT_FIELD_NUMBER: _builtins.int
+    ADDRESS_FIELD_NUMBER: _builtins.int
+    NUM_SLOTS_FIELD_NUMBER: _builtins.int
+    SLOT_BYTES_FIELD_NUMBER: _builtins.int
+    agent: _builtins.bytes
+    """The owner's agent, as NIXL describes it to other agents."""
+    address: _builtins.int
+    """Where the arena begins in the owner's memory."""
+    num_slots: _builtins.int
+    """Slots of the arena."""
+    slot_bytes: _builtins.int
+    """Bytes of one slot."""
+    def __init__(
+        self,
+        *,
+        agent: _builtins.bytes = ...,
+        address: _builtins.int = ...,
+        num_slots: _builtins.int = ...,
+        slot_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "agent", b"agent", "num_slots", b"num_slots", "slot_bytes", b"slot_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___NixlPeer: _TypeAlias = NixlPeer  # noqa: Y015
+
+@_typing.final
 class KvTicket(_message.Message):
     """The right to read the KV blocks of one prompt. Serialized once, then signed: see SignedTicket."""
 
@@ -333,6 +367,7 @@ class KvTicket(_message.Message):
     SHM_FIELD_NUMBER: _builtins.int
     LEASE_FIELD_NUMBER: _builtins.int
     GENERATIONS_FIELD_NUMBER: _builtins.int
+    ADDRESS_FIELD_NUMBER: _builtins.int
     ticket_id: _builtins.str
     """Unique for the cluster. Set by the issuing prefill worker."""
     request_id: _builtins.str
@@ -353,6 +388,8 @@ class KvTicket(_message.Message):
     """xxh3-128 of each slot's bytes, 16 bytes each, concatenated in the order of slots."""
     slot_bytes: _builtins.int
     """Bytes of one slot."""
+    address: _builtins.str
+    """gRPC target of the issuing worker, where readers claim the ticket and ask for a NixlPeer."""
     @_builtins.property
     def fingerprint(self) -> Global___ModelFingerprint:
         """Compatibility of the blocks."""
@@ -363,7 +400,7 @@ class KvTicket(_message.Message):
 
     @_builtins.property
     def shm(self) -> Global___ShmLocation:
-        """Where a same-host reader finds the blocks."""
+        """Where a same-host reader finds the blocks; without a path: shared memory is not offered."""
 
     @_builtins.property
     def lease(self) -> _duration_pb2.Duration:
@@ -391,10 +428,11 @@ class KvTicket(_message.Message):
         shm: Global___ShmLocation | None = ...,
         lease: _duration_pb2.Duration | None = ...,
         generations: _abc.Iterable[_builtins.int] | None = ...,
+        address: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["fingerprint", b"fingerprint", "lease", b"lease", "shm", b"shm"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["digests", b"digests", "fingerprint", b"fingerprint", "generations", b"generations", "incarnation", b"incarnation", "lease", b"lease", "num_tokens", b"num_tokens", "prompt_digest", b"prompt_digest", "request_id", b"request_id", "session_id", b"session_id", "shm", b"shm", "slot_bytes", b"slot_bytes", "slots", b"slots", "tenant", b"tenant", "ticket_id", b"ticket_id", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "digests", b"digests", "fingerprint", b"fingerprint", "generations", b"generations", "incarnation", b"incarnation", "lease", b"lease", "num_tokens", b"num_tokens", "prompt_digest", b"prompt_digest", "request_id", b"request_id", "session_id", b"session_id", "shm", b"shm", "slot_bytes", b"slot_bytes", "slots", b"slots", "tenant", b"tenant", "ticket_id", b"ticket_id", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

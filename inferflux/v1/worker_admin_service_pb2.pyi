@@ -21,6 +21,30 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class _TicketFilter:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _TicketFilterEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_TicketFilter.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    TICKET_FILTER_UNSPECIFIED: _TicketFilter.ValueType  # 0
+    """Live tickets, and the last ones that ended."""
+    TICKET_FILTER_LIVE: _TicketFilter.ValueType  # 1
+    """Live tickets."""
+    TICKET_FILTER_LEAKED: _TicketFilter.ValueType  # 2
+    """Live tickets that should have ended by themselves."""
+
+class TicketFilter(_TicketFilter, metaclass=_TicketFilterEnumTypeWrapper):
+    """Which tickets to list."""
+
+TICKET_FILTER_UNSPECIFIED: TicketFilter.ValueType  # 0
+"""Live tickets, and the last ones that ended."""
+TICKET_FILTER_LIVE: TicketFilter.ValueType  # 1
+"""Live tickets."""
+TICKET_FILTER_LEAKED: TicketFilter.ValueType  # 2
+"""Live tickets that should have ended by themselves."""
+Global___TicketFilter: _TypeAlias = TicketFilter  # noqa: Y015
+
 class _TicketState:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -70,7 +94,9 @@ class DrainRequest(_message.Message):
     BUDGET_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def budget(self) -> _duration_pb2.Duration:
-        """Longest time running requests may take to finish; unset: no limit."""
+        """Longest time that running requests and live tickets may take to finish; 0 hands over at once. Unset: as the
+        worker was configured.
+        """
 
     def __init__(
         self,
@@ -92,16 +118,36 @@ class DrainResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     NUM_RUNNING_FIELD_NUMBER: _builtins.int
+    NUM_LIVE_TICKETS_FIELD_NUMBER: _builtins.int
+    ETA_FIELD_NUMBER: _builtins.int
+    TIME_LEFT_FIELD_NUMBER: _builtins.int
+    INCARNATION_FIELD_NUMBER: _builtins.int
     num_running: _builtins.int
     """Requests still running."""
+    num_live_tickets: _builtins.int
+    """Tickets still live (prefill workers)."""
+    incarnation: _builtins.str
+    """The worker's start: when another one serves, the drain is over."""
+    @_builtins.property
+    def eta(self) -> _duration_pb2.Duration:
+        """How long it will probably take, judged by the requests and tickets that are over. Unset: nothing is over yet."""
+
+    @_builtins.property
+    def time_left(self) -> _duration_pb2.Duration:
+        """Time left of the budget. Unset: no limit."""
+
     def __init__(
         self,
         *,
         num_running: _builtins.int = ...,
+        num_live_tickets: _builtins.int = ...,
+        eta: _duration_pb2.Duration | None = ...,
+        time_left: _duration_pb2.Duration | None = ...,
+        incarnation: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["eta", b"eta", "time_left", b"time_left"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_running", b"num_running"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["eta", b"eta", "incarnation", b"incarnation", "num_live_tickets", b"num_live_tickets", "num_running", b"num_running", "time_left", b"time_left"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -134,15 +180,23 @@ class GetStatusResponse(_message.Message):
     ROLE_FIELD_NUMBER: _builtins.int
     PULSE_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
+    NUM_RUNNING_FIELD_NUMBER: _builtins.int
+    ETA_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     """The worker."""
     role: _types_pb2.WorkerRole.ValueType
     """Its role."""
     reason: _builtins.str
     """Why it is not ready; empty when it is."""
+    num_running: _builtins.int
+    """Requests that run."""
     @_builtins.property
     def pulse(self) -> _types_pb2.Pulse:
         """Load and state."""
+
+    @_builtins.property
+    def eta(self) -> _duration_pb2.Duration:
+        """How long a drain that began now would probably take. Unset: not known."""
 
     def __init__(
         self,
@@ -151,10 +205,12 @@ class GetStatusResponse(_message.Message):
         role: _types_pb2.WorkerRole.ValueType = ...,
         pulse: _types_pb2.Pulse | None = ...,
         reason: _builtins.str = ...,
+        num_running: _builtins.int = ...,
+        eta: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["pulse", b"pulse"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["eta", b"eta", "pulse", b"pulse"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["pulse", b"pulse", "reason", b"reason", "role", b"role", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["eta", b"eta", "num_running", b"num_running", "pulse", b"pulse", "reason", b"reason", "role", b"role", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -166,12 +222,21 @@ class ListTicketsRequest(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    FILTER_FIELD_NUMBER: _builtins.int
+    LIMIT_FIELD_NUMBER: _builtins.int
+    filter: Global___TicketFilter.ValueType
+    """Which; the counts are always all."""
+    limit: _builtins.int
+    """Most records in the answer; 0: as many as there are."""
     def __init__(
         self,
+        *,
+        filter: Global___TicketFilter.ValueType = ...,
+        limit: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["filter", b"filter", "limit", b"limit"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -179,7 +244,7 @@ Global___ListTicketsRequest: _TypeAlias = ListTicketsRequest  # noqa: Y015
 
 @_typing.final
 class TicketRecord(_message.Message):
-    """One live ticket."""
+    """One ticket."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -189,6 +254,9 @@ class TicketRecord(_message.Message):
     STATE_FIELD_NUMBER: _builtins.int
     NUM_BYTES_FIELD_NUMBER: _builtins.int
     AGE_FIELD_NUMBER: _builtins.int
+    SESSION_ID_FIELD_NUMBER: _builtins.int
+    CLAIMANT_FIELD_NUMBER: _builtins.int
+    IS_LEAKED_FIELD_NUMBER: _builtins.int
     ticket_id: _builtins.str
     """The ticket."""
     request_id: _builtins.str
@@ -199,9 +267,15 @@ class TicketRecord(_message.Message):
     """Where it is in its life."""
     num_bytes: _builtins.int
     """Bytes it holds."""
+    session_id: _builtins.str
+    """Its gateway session, whose life bounds the ticket's."""
+    claimant: _builtins.str
+    """Worker that claimed it; empty as long as none has."""
+    is_leaked: _builtins.bool
+    """Whether it should have ended by itself: its lease or its session is over."""
     @_builtins.property
     def age(self) -> _duration_pb2.Duration:
-        """Time since its issue."""
+        """Time from its issue to now, or to its end."""
 
     def __init__(
         self,
@@ -212,10 +286,13 @@ class TicketRecord(_message.Message):
         state: Global___TicketState.ValueType = ...,
         num_bytes: _builtins.int = ...,
         age: _duration_pb2.Duration | None = ...,
+        session_id: _builtins.str = ...,
+        claimant: _builtins.str = ...,
+        is_leaked: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["age", b"age"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["age", b"age", "num_bytes", b"num_bytes", "request_id", b"request_id", "state", b"state", "tenant", b"tenant", "ticket_id", b"ticket_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["age", b"age", "claimant", b"claimant", "is_leaked", b"is_leaked", "num_bytes", b"num_bytes", "request_id", b"request_id", "session_id", b"session_id", "state", b"state", "tenant", b"tenant", "ticket_id", b"ticket_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -223,7 +300,7 @@ Global___TicketRecord: _TypeAlias = TicketRecord  # noqa: Y015
 
 @_typing.final
 class ListTicketsResponse(_message.Message):
-    """Live tickets and the conserved counts: issued = released + expired + revoked + live."""
+    """Tickets and the conserved counts: issued = released + expired + revoked + live."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -232,6 +309,10 @@ class ListTicketsResponse(_message.Message):
     NUM_RELEASED_FIELD_NUMBER: _builtins.int
     NUM_EXPIRED_FIELD_NUMBER: _builtins.int
     NUM_REVOKED_FIELD_NUMBER: _builtins.int
+    NUM_LIVE_FIELD_NUMBER: _builtins.int
+    NUM_LEAKED_FIELD_NUMBER: _builtins.int
+    NUM_LEAKED_SLOTS_FIELD_NUMBER: _builtins.int
+    INCARNATION_FIELD_NUMBER: _builtins.int
     num_issued: _builtins.int
     """Tickets ever issued by this incarnation."""
     num_released: _builtins.int
@@ -240,9 +321,17 @@ class ListTicketsResponse(_message.Message):
     """Ended by their leases."""
     num_revoked: _builtins.int
     """Ended by operators or faults."""
+    num_live: _builtins.int
+    """Live now, counted one by one."""
+    num_leaked: _builtins.int
+    """Live tickets that should have ended by themselves."""
+    num_leaked_slots: _builtins.int
+    """Arena slots that should have been freed: published, under no ticket, and no prefill runs that could bring them."""
+    incarnation: _builtins.str
+    """The answering start of the worker; counts begin with it."""
     @_builtins.property
     def tickets(self) -> _containers.RepeatedCompositeFieldContainer[Global___TicketRecord]:
-        """Live tickets."""
+        """Live ones, oldest first, then those that ended, newest first."""
 
     def __init__(
         self,
@@ -252,11 +341,77 @@ class ListTicketsResponse(_message.Message):
         num_released: _builtins.int = ...,
         num_expired: _builtins.int = ...,
         num_revoked: _builtins.int = ...,
+        num_live: _builtins.int = ...,
+        num_leaked: _builtins.int = ...,
+        num_leaked_slots: _builtins.int = ...,
+        incarnation: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_expired", b"num_expired", "num_issued", b"num_issued", "num_released", b"num_released", "num_revoked", b"num_revoked", "tickets", b"tickets"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["incarnation", b"incarnation", "num_expired", b"num_expired", "num_issued", b"num_issued", "num_leaked", b"num_leaked", "num_leaked_slots", b"num_leaked_slots", "num_live", b"num_live", "num_released", b"num_released", "num_revoked", b"num_revoked", "tickets", b"tickets"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ListTicketsResponse: _TypeAlias = ListTicketsResponse  # noqa: Y015
+
+@_typing.final
+class ProbePathRequest(_message.Message):
+    """Ask a decode worker to read from a prefill worker."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKER_ID_FIELD_NUMBER: _builtins.int
+    INCARNATION_FIELD_NUMBER: _builtins.int
+    ADDRESS_FIELD_NUMBER: _builtins.int
+    worker_id: _builtins.str
+    """The prefill worker."""
+    incarnation: _builtins.str
+    """Its start."""
+    address: _builtins.str
+    """Its gRPC target."""
+    def __init__(
+        self,
+        *,
+        worker_id: _builtins.str = ...,
+        incarnation: _builtins.str = ...,
+        address: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "incarnation", b"incarnation", "worker_id", b"worker_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ProbePathRequest: _TypeAlias = ProbePathRequest  # noqa: Y015
+
+@_typing.final
+class ProbePathResponse(_message.Message):
+    """What was read. An error of the call says why nothing could be."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TRANSPORT_FIELD_NUMBER: _builtins.int
+    NUM_BYTES_FIELD_NUMBER: _builtins.int
+    ELAPSED_FIELD_NUMBER: _builtins.int
+    transport: _builtins.str
+    """The transport of this pair: shm or nixl."""
+    num_bytes: _builtins.int
+    """Bytes read."""
+    @_builtins.property
+    def elapsed(self) -> _duration_pb2.Duration:
+        """Time that took, once the path was open."""
+
+    def __init__(
+        self,
+        *,
+        transport: _builtins.str = ...,
+        num_bytes: _builtins.int = ...,
+        elapsed: _duration_pb2.Duration | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["elapsed", b"elapsed"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["elapsed", b"elapsed", "num_bytes", b"num_bytes", "transport", b"transport"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ProbePathResponse: _TypeAlias = ProbePathResponse  # noqa: Y015

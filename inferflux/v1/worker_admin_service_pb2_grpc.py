@@ -50,6 +50,11 @@ class WorkerAdminServiceStub:
                 request_serializer=inferflux_dot_v1_dot_worker__admin__service__pb2.ListTicketsRequest.SerializeToString,
                 response_deserializer=inferflux_dot_v1_dot_worker__admin__service__pb2.ListTicketsResponse.FromString,
                 _registered_method=True)
+        self.ProbePath = channel.unary_unary(
+                '/inferflux.v1.WorkerAdminService/ProbePath',
+                request_serializer=inferflux_dot_v1_dot_worker__admin__service__pb2.ProbePathRequest.SerializeToString,
+                response_deserializer=inferflux_dot_v1_dot_worker__admin__service__pb2.ProbePathResponse.FromString,
+                _registered_method=True)
 
 
 class WorkerAdminServiceServicer:
@@ -57,7 +62,7 @@ class WorkerAdminServiceServicer:
     """
 
     def Drain(self, request, context):
-        """Stops taking requests; returns at once.
+        """Stops taking requests; returns at once. The process exits when it is drained. Again: may shorten the budget.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -72,6 +77,13 @@ class WorkerAdminServiceServicer:
 
     def ListTickets(self, request, context):
         """Tickets of a prefill worker.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ProbePath(self, request, context):
+        """Lets a decode worker read from a prefill worker's arena, to see how and how fast that works.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -94,6 +106,11 @@ def add_WorkerAdminServiceServicer_to_server(servicer, server):
                     servicer.ListTickets,
                     request_deserializer=inferflux_dot_v1_dot_worker__admin__service__pb2.ListTicketsRequest.FromString,
                     response_serializer=inferflux_dot_v1_dot_worker__admin__service__pb2.ListTicketsResponse.SerializeToString,
+            ),
+            'ProbePath': grpc.unary_unary_rpc_method_handler(
+                    servicer.ProbePath,
+                    request_deserializer=inferflux_dot_v1_dot_worker__admin__service__pb2.ProbePathRequest.FromString,
+                    response_serializer=inferflux_dot_v1_dot_worker__admin__service__pb2.ProbePathResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -178,6 +195,33 @@ class WorkerAdminService:
             '/inferflux.v1.WorkerAdminService/ListTickets',
             inferflux_dot_v1_dot_worker__admin__service__pb2.ListTicketsRequest.SerializeToString,
             inferflux_dot_v1_dot_worker__admin__service__pb2.ListTicketsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ProbePath(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/inferflux.v1.WorkerAdminService/ProbePath',
+            inferflux_dot_v1_dot_worker__admin__service__pb2.ProbePathRequest.SerializeToString,
+            inferflux_dot_v1_dot_worker__admin__service__pb2.ProbePathResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -34,11 +34,13 @@ class WorkerAdminServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> WorkerAdminServiceAsyncStub: ...
     Drain: _grpc.UnaryUnaryMultiCallable[_worker_admin_service_pb2.DrainRequest, _worker_admin_service_pb2.DrainResponse]
-    """Stops taking requests; returns at once."""
+    """Stops taking requests; returns at once. The process exits when it is drained. Again: may shorten the budget."""
     GetStatus: _grpc.UnaryUnaryMultiCallable[_worker_admin_service_pb2.GetStatusRequest, _worker_admin_service_pb2.GetStatusResponse]
     """Current state and load."""
     ListTickets: _grpc.UnaryUnaryMultiCallable[_worker_admin_service_pb2.ListTicketsRequest, _worker_admin_service_pb2.ListTicketsResponse]
     """Tickets of a prefill worker."""
+    ProbePath: _grpc.UnaryUnaryMultiCallable[_worker_admin_service_pb2.ProbePathRequest, _worker_admin_service_pb2.ProbePathResponse]
+    """Lets a decode worker read from a prefill worker's arena, to see how and how fast that works."""
 
 @_typing.type_check_only
 class WorkerAdminServiceAsyncStub(WorkerAdminServiceStub):
@@ -46,11 +48,13 @@ class WorkerAdminServiceAsyncStub(WorkerAdminServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Drain: _aio.UnaryUnaryMultiCallable[_worker_admin_service_pb2.DrainRequest, _worker_admin_service_pb2.DrainResponse]  # type: ignore[assignment]
-    """Stops taking requests; returns at once."""
+    """Stops taking requests; returns at once. The process exits when it is drained. Again: may shorten the budget."""
     GetStatus: _aio.UnaryUnaryMultiCallable[_worker_admin_service_pb2.GetStatusRequest, _worker_admin_service_pb2.GetStatusResponse]  # type: ignore[assignment]
     """Current state and load."""
     ListTickets: _aio.UnaryUnaryMultiCallable[_worker_admin_service_pb2.ListTicketsRequest, _worker_admin_service_pb2.ListTicketsResponse]  # type: ignore[assignment]
     """Tickets of a prefill worker."""
+    ProbePath: _aio.UnaryUnaryMultiCallable[_worker_admin_service_pb2.ProbePathRequest, _worker_admin_service_pb2.ProbePathResponse]  # type: ignore[assignment]
+    """Lets a decode worker read from a prefill worker's arena, to see how and how fast that works."""
 
 class WorkerAdminServiceServicer(metaclass=_abc_1.ABCMeta):
     """Operations on one worker. Callers: operator, registry, gateway (on behalf of an admin)."""
@@ -61,7 +65,7 @@ class WorkerAdminServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _worker_admin_service_pb2.DrainRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_worker_admin_service_pb2.DrainResponse, _abc.Awaitable[_worker_admin_service_pb2.DrainResponse]]:
-        """Stops taking requests; returns at once."""
+        """Stops taking requests; returns at once. The process exits when it is drained. Again: may shorten the budget."""
 
     @_abc_1.abstractmethod
     def GetStatus(
@@ -78,5 +82,13 @@ class WorkerAdminServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_worker_admin_service_pb2.ListTicketsResponse, _abc.Awaitable[_worker_admin_service_pb2.ListTicketsResponse]]:
         """Tickets of a prefill worker."""
+
+    @_abc_1.abstractmethod
+    def ProbePath(
+        self,
+        request: _worker_admin_service_pb2.ProbePathRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_worker_admin_service_pb2.ProbePathResponse, _abc.Awaitable[_worker_admin_service_pb2.ProbePathResponse]]:
+        """Lets a decode worker read from a prefill worker's arena, to see how and how fast that works."""
 
 def add_WorkerAdminServiceServicer_to_server(servicer: WorkerAdminServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
+from functools import partial
 
+from inferflux import failpoints
 from inferflux.engine.base import KvSource
-from inferflux.errors import Draining, InferfluxError, Internal, WorkerLost
+from inferflux.errors import Conflict, Draining, InferfluxError, Internal, KvError, KvUnreachable, WorkerLost
 from inferflux.telemetry import logs, metrics, tracing
 from inferflux.types import Delivered, End, ErrorDetail, Frame, HttpCall, KvReport, PrefilledPrompt, RequestContext
+from inferflux.worker.claims import Claims
 from inferflux.worker.deadline import deadline
+from inferflux.worker.paths import note_speed
 from inferflux.worker.record import RequestRecord
 from inferflux.worker.sources import TicketGate
 from inferflux.worker.worker import Worker
@@ -24,6 +28,8 @@ from inferflux.worker.worker import Worker
 _log = logging.getLogger(__name__)
 BY_GATEWAY = "by gateway"
 """The cancel message of a task whose gateway wants nothing more."""
+TAKEN_OVER = "taken over"
+"""The cancel message of a task whose request goes on elsewhere."""
 Post = Callable[[Frame], Awaitable[None]]
 
 
@@ -39,11 +45,12 @@ class DecodeRequest:
 
 
 class Answerer:
-    """Runs requests on the engine. `answer` is safe concurrently."""
+    """Runs requests on the engine. `answer` is safe concurrently. Without `claims`, sources are read unclaimed."""
 
-    def __init__(self, worker: Worker) -> None:
+    def __init__(self, worker: Worker, claims: Claims | None = None) -> None:
         self._worker = worker
-        self._gate = TicketGate(worker.ticket_key, worker.info.fingerprint, worker.host_id)
+        self._claims = claims
+        self._gate = TicketGate(worker.ticket_key, worker.info.fingerprint)
 
     async def answer(self, request: DecodeRequest, post: Post, end: Callable[[End], None]) -> None:
         """Post all frames; call `end` instead of posting a last one when the request fails or is cancelled."""
@@ -51,7 +58,7 @@ class Answerer:
             with RequestRecord(self._worker.role, request.call.path) as record:
                 await self._run(request, record, post)
         except asyncio.CancelledError as e:
-            end(End("abort") if e.args == (BY_GATEWAY,) else self._stopped())
+            end(self._cancelled(e.args))
             raise
         except Exception as e:  # noqa: BLE001 - the border of a request: it must end, and say nothing it should not
             end(_failed(_presentable(e)))
@@ -59,9 +66,35 @@ class Answerer:
     async def _run(self, request: DecodeRequest, record: RequestRecord, post: Post) -> None:
         context = request.context
         with logs.request_id(context.request_id), self._worker.work.running():
+            if failpoints.ON:
+                failpoints.hit("decode.start")
             sources, refused = self._gate.admit(context, request.prompts)
+            claimed = self._claims.begin(sources) if self._claims else sources
+            if failpoints.ON:
+                failpoints.hit("decode.admitted")
             async with deadline(context.time_left_s):
-                await self._stream(request, sources, refused, record, post)
+                connected, lost = await self._connected(claimed, context.time_left_s)
+                await self._stream(request, connected, refused + lost, record, post)
+
+    async def _connected(
+        self, sources: Sequence[KvSource], time_left_s: float | None
+    ) -> tuple[list[KvSource], list[KvReport]]:
+        """Find the path to each source's blocks; a source without one is computed here."""
+        if self._worker.paths is None:
+            return list(sources), []
+        connecting = (self._worker.paths.connect(source, time_left_s) for source in sources)
+        found = await asyncio.gather(*connecting, return_exceptions=True)
+        connected, lost = [], []
+        for source, path in zip(sources, found, strict=True):
+            match path:
+                case KvSource():
+                    connected.append(path)
+                case KvError():
+                    _log.warning("no path to kv", extra={"ticket_id": source.ticket_id, "reason": path.message})
+                    lost.append(KvReport(source.ticket_id, "recomputed", path.kv_reason))
+                case _:
+                    raise path
+        return connected, lost
 
     async def _stream(
         self,
@@ -74,50 +107,67 @@ class Answerer:
         context, model = request.context, self._worker.info.model
         attributes = {"inferflux.request_id": context.request_id, "gen_ai.request.model": model}
         with tracing.start_span("decode", context.traceparent, attributes) as span:
+            note = partial(self._noted, record=record, span=span, sources={s.ticket_id: s for s in sources})
             if refused:
-                await post(_noted(Frame(kv=tuple(refused)), record, span, model))
+                await post(note(Frame(kv=tuple(refused))))
             frames = self._worker.engine.generate(context, request.call, sources, request.delivered)
             last: Frame | None = None
             async with aclosing(frames):
                 async for last in frames:
-                    await post(_noted(last, record, span, model))
+                    if failpoints.ON:
+                        failpoints.hit("decode.end" if last.end is not None else "decode.token")
+                    if last.kv and self._claims:
+                        self._claims.settle(sources, last.kv)
+                    await post(note(last))
         if last is None or last.end is None:
             raise Internal("the engine's response has no end")
         if not sources:
             metrics.TOKENS.labels("prompt", model).inc(last.end.usage.prompt_tokens)
 
-    def _stopped(self) -> End:
-        """The gateway still waits for the rest: what it has must not pass for a whole response."""
+    def _noted(self, frame: Frame, record: RequestRecord, span: tracing.Span, sources: Mapping[str, KvSource]) -> Frame:
+        """Let metrics and the trace see a frame pass."""
+        if frame.head is not None:
+            record.status = frame.head.status
+        for report in frame.kv:
+            self._note_kv(report, span, sources.get(report.ticket_id))
+        if frame.end is not None:
+            usage, model = frame.end.usage, self._worker.info.model
+            metrics.TOKENS.labels("completion", model).inc(usage.completion_tokens)
+            metrics.TOKENS.labels("cached", model).inc(usage.cached_tokens)
+            span.set("gen_ai.usage.output_tokens", usage.completion_tokens)
+        return frame
+
+    def _note_kv(self, report: KvReport, span: tracing.Span, source: KvSource | None) -> None:
+        """Count what became of a ticket. `source` None: it never got as far as the engine."""
+        span.past("kv transfer", report.transfer_s, _kv_attributes(report, source))
+        if report.result == "recomputed":
+            metrics.KV_REJECTED.labels(report.reason).inc()
+            _log.warning("kv not used", extra={"ticket_id": report.ticket_id, "reason": report.reason})
+            if source is not None and report.reason == KvUnreachable.kv_reason and self._worker.paths is not None:
+                self._worker.paths.lost(source)
+        elif report.result == "committed" and source is not None:
+            _note_transfer(report, source)
+
+    def _cancelled(self, args: tuple[object, ...]) -> End:
+        """Unless the gateway itself said so, it still waits: what it has must not pass for a whole response."""
+        if args == (BY_GATEWAY,):
+            return End("abort")
+        if args == (TAKEN_OVER,):
+            return _failed(Conflict("the client came back through another connection"))
         is_draining = self._worker.lifecycle.draining.is_set()
         return _failed((Draining if is_draining else WorkerLost)("the worker stopped before the request was done"))
 
 
-def _noted(frame: Frame, record: RequestRecord, span: tracing.Span, model: str) -> Frame:
-    """Let metrics and the trace see a frame pass."""
-    if frame.head is not None:
-        record.status = frame.head.status
-    for report in frame.kv:
-        _note_kv(report, span)
-    if frame.end is not None:
-        usage = frame.end.usage
-        metrics.TOKENS.labels("completion", model).inc(usage.completion_tokens)
-        metrics.TOKENS.labels("cached", model).inc(usage.cached_tokens)
-        span.set("gen_ai.usage.output_tokens", usage.completion_tokens)
-    return frame
+def _note_transfer(report: KvReport, source: KvSource) -> None:
+    metrics.KV_TRANSFER_BYTES.labels(source.transport).inc(report.num_bytes)
+    metrics.KV_TRANSFER_SECONDS.labels(source.transport).observe(report.transfer_s)
+    if report.transfer_s > 0:
+        note_speed(source.path, report.num_bytes, report.transfer_s)
 
 
-def _note_kv(report: KvReport, span: tracing.Span) -> None:
-    span.past("kv transfer", report.transfer_s, _kv_attributes(report))
-    if report.result == "recomputed":
-        metrics.KV_REJECTED.labels(report.reason).inc()
-        _log.warning("kv not used", extra={"ticket_id": report.ticket_id, "reason": report.reason})
-    elif report.result == "committed":
-        metrics.KV_TRANSFER_BYTES.labels("shm").inc(report.num_bytes)
-        metrics.KV_TRANSFER_SECONDS.labels("shm").observe(report.transfer_s)
-
-
-def _kv_attributes(report: KvReport) -> tracing.Attributes:
+def _kv_attributes(report: KvReport, source: KvSource | None) -> tracing.Attributes:
     return {
+        "inferflux.kv.transport": source.transport if source is not None else "",
         "inferflux.kv.result": report.result,
         "inferflux.kv.reason": report.reason,
         "inferflux.kv.num_bytes": report.num_bytes,

@@ -35,6 +35,10 @@ class SessionLeases:
                 del self._num_open[session_id]
                 self.touch(session_id)
 
+    def is_alive(self, session_id: str) -> bool:
+        """Whether a session has a stream or a rest of its grace."""
+        return session_id in self._num_open or session_id in self._ends
+
     def touch(self, session_id: str) -> None:
         """Give a session without a stream the grace from now on; its stream may be on its way."""
         if session_id not in self._num_open:

@@ -14,8 +14,9 @@ import faulthandler
 import logging
 import os
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
 
 import grpc
 
@@ -24,19 +25,25 @@ from inferflux.config import load
 from inferflux.engine import create
 from inferflux.engine.base import EngineInfo
 from inferflux.errors import ConfigError, NumericsMismatch, WorkerLost
+from inferflux.kv import nixl
 from inferflux.kv.arena import Arena
+from inferflux.kv.nixl import NixlServer
+from inferflux.kv.prefixes import Place, PrefixStore
 from inferflux.kv.shm import ArenaServer, host_id
 from inferflux.lifecycle import Lifecycle
 from inferflux.process import Tasks, fail, run
 from inferflux.rpc.client import open_channel
 from inferflux.rpc.mtls import Identity
 from inferflux.rpc.server import RpcServer
-from inferflux.telemetry import metrics
-from inferflux.tickets import Issuer, TicketBook
-from inferflux.types import Role
+from inferflux.tickets import Claimant, Issuer, TicketBook
+from inferflux.types import Role, Transport
 from inferflux.v1.worker_admin_service_pb2_grpc import add_WorkerAdminServiceServicer_to_server
 from inferflux.worker import admin
+from inferflux.worker.claims import Claims
 from inferflux.worker.drain import Drain
+from inferflux.worker.ledger import Ledger, measure
+from inferflux.worker.paths import Paths
+from inferflux.worker.prefixes import PrefixTally
 from inferflux.worker.progress import Progress
 from inferflux.worker.registration import Registration
 from inferflux.worker.settings import WorkerSettings
@@ -54,6 +61,8 @@ class Part(ABC):
     """What a role adds to a worker."""
 
     callers: Mapping[str, frozenset[str]]
+    ledger: Ledger | None = None
+    """Prefill workers have one."""
 
     @abstractmethod
     def add_to(self, server: grpc.aio.Server) -> None:
@@ -103,12 +112,14 @@ class WorkerProcess:
         """Serve until drained."""
         identity = Identity.load(self._settings.pki_dir, self._role)
         ticket_key = _read_secret(self._settings, "ticket.key")
-        async with self._worker(lifecycle, ticket_key) as worker, Tasks() as tasks:
+        async with self._worker(lifecycle, identity, ticket_key) as worker, Tasks() as tasks:
             part = self._make_part(worker, tasks)
             server = RpcServer(identity, self._settings.bind, {**admin.CALLERS, **part.callers})
-            add_WorkerAdminServiceServicer_to_server(admin.AdminServicer(worker), server.grpc)
+            add_WorkerAdminServiceServicer_to_server(admin.AdminServicer(worker, part.ledger), server.grpc)
             part.add_to(server.grpc)
             address = await server.start()
+            if worker.book is not None:
+                worker.book.address = address
             try:
                 tasks.spawn(part.run(), "part")
                 tasks.spawn(_guard(worker), "engine-watch")
@@ -123,15 +134,18 @@ class WorkerProcess:
                 await server.stop(STOP_GRACE_S)
 
     @asynccontextmanager
-    async def _worker(self, lifecycle: Lifecycle, ticket_key: bytes) -> AsyncIterator[Worker]:
+    async def _worker(self, lifecycle: Lifecycle, identity: Identity, ticket_key: bytes) -> AsyncIterator[Worker]:
         """Start the engine and what its blocks need; close everything at the end."""
-        engine = create(self._settings.engine, self._settings.engine_options(self._role), self._arena)
+        tally = PrefixTally()
+        prefixes = self._prefix_store(lifecycle, tally)
+        engine = create(self._settings.engine, self._settings.engine_options(self._role), self._arena, prefixes)
         async with AsyncExitStack() as stack:
             if self._arena is not None:
                 stack.callback(self._arena.close)
             stack.push_async_callback(engine.close)
             info = await engine.start()
-            book = await self._serve_arena(lifecycle, info, ticket_key, stack)
+            book, nixl_server = await self._serve_arena(lifecycle, info, ticket_key, prefixes, stack)
+            _log_transports(self._settings.transports)
             yield Worker(
                 role=self._role,
                 settings=self._settings,
@@ -142,20 +156,40 @@ class WorkerProcess:
                 drain=Drain(lifecycle, self._settings.drain_budget_s),
                 host_id=host_id(),
                 ticket_key=ticket_key,
+                progress=Progress(SystemClock(), self._settings.wedge_s),
                 arena=self._arena,
                 book=book,
+                nixl=nixl_server,
+                paths=self._paths(identity, stack),
+                claims=self._claims(lifecycle, identity, stack),
+                prefixes=prefixes,
+                tally=tally,
             )
 
-    async def _serve_arena(
-        self, lifecycle: Lifecycle, info: EngineInfo, ticket_key: bytes, stack: AsyncExitStack
-    ) -> TicketBook | None:
+    def _prefix_store(self, lifecycle: Lifecycle, tally: PrefixTally) -> PrefixStore | None:
         if self._arena is None:
             return None
+        settings = self._settings
+        place = Place(str(settings.arena_socket), lifecycle.incarnation) if settings.kv_prefix_cache else None
+        return PrefixStore(self._arena, place, pinned_share=settings.kv_pinned_share, on_evict=tally.evicted)
+
+    async def _serve_arena(
+        self,
+        lifecycle: Lifecycle,
+        info: EngineInfo,
+        ticket_key: bytes,
+        prefixes: PrefixStore | None,
+        stack: AsyncExitStack,
+    ) -> tuple[TicketBook | None, NixlServer | None]:
+        if self._arena is None:
+            return None, None
         self._arena.seal()
-        path = self._settings.arena_socket
-        server = ArenaServer(self._arena, path, lifecycle.incarnation)
-        stack.push_async_callback(server.close)
-        await server.start()
+        path: Path | str = ""
+        if Transport.SHM in self._settings.transports:
+            path = self._settings.arena_socket
+            server = ArenaServer(self._arena, path, lifecycle.incarnation)
+            stack.push_async_callback(server.close)
+            await server.start()
         issuer = Issuer(
             worker_id=lifecycle.instance_id,
             incarnation=lifecycle.incarnation,
@@ -164,7 +198,26 @@ class WorkerProcess:
             host_id=host_id(),
             key=ticket_key,
         )
-        return TicketBook(self._arena, SystemClock(), issuer, lambda event, n: metrics.TICKETS.labels(event).inc(n))
+        book = TicketBook(self._arena, SystemClock(), issuer, measure, prefixes)
+        if Transport.NIXL not in self._settings.transports:
+            return book, None
+        nixl_server = NixlServer(self._arena, is_busy=lambda: book.counts().live > 0)
+        stack.callback(nixl_server.close)
+        return book, nixl_server
+
+    def _claims(self, lifecycle: Lifecycle, identity: Identity, stack: AsyncExitStack) -> Claims | None:
+        if self._role is not Role.DECODE:
+            return None
+        claims = Claims(identity, Claimant(lifecycle.instance_id, lifecycle.incarnation))
+        stack.push_async_callback(claims.close)
+        return claims
+
+    def _paths(self, identity: Identity, stack: AsyncExitStack) -> Paths | None:
+        if self._role is not Role.DECODE:
+            return None
+        paths = Paths(identity, host_id(), self._settings.transports)
+        stack.callback(paths.close)
+        return paths
 
 
 @asynccontextmanager
@@ -197,16 +250,15 @@ async def _prove(worker: Worker) -> None:
 
 async def watch(worker: Worker) -> None:
     """Fail readiness while the engine is wedged. Raises WorkerLost when it will not come back."""
-    progress = Progress(SystemClock(), worker.settings.wedge_s)
-    objection: str | None = None
-    worker.lifecycle.add_readiness("engine", lambda: objection)
+    progress = worker.progress
+    worker.lifecycle.add_readiness("engine", lambda: progress.objection)
     while True:
         load = worker.engine.load()
         if not load.is_alive:
             raise WorkerLost("the engine is dead")
-        objection = progress.observe(load)
+        progress.observe(load)
         if progress.is_hopeless:
-            raise WorkerLost(f"the engine is wedged: {objection}")
+            raise WorkerLost(f"the engine is wedged: {progress.objection}")
         await asyncio.sleep(until_tick(WATCH_S))
 
 
@@ -218,6 +270,12 @@ async def _guard(worker: Worker) -> None:
         _log.error("engine lost, the worker exits", extra={"reason": e.message})
         faulthandler.dump_traceback_later(EXIT_S, exit=True)
         raise
+
+
+def _log_transports(transports: Sequence[Transport]) -> None:
+    if not nixl.is_installed():
+        _log.info("nixl is not installed: no KV to or from other hosts")
+    _log.info("kv transports", extra={"transports": transports})
 
 
 def _read_secret(settings: WorkerSettings, name: str) -> bytes:

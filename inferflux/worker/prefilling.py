@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from inferflux import failpoints
 from inferflux.engine.base import ComputedPrompt, Prefilled
-from inferflux.errors import KvError
-from inferflux.kv.arena import Arena
+from inferflux.errors import InvalidRequest, KvError
+from inferflux.kv.prefixes import PrefixStore
 from inferflux.telemetry import logs, metrics, tracing
-from inferflux.tickets import TicketBook
+from inferflux.tickets import Claimant, TicketBook
 from inferflux.types import HttpAnswer, HttpCall, PrefilledPrompt, RequestContext, SignedTicket
 from inferflux.worker.deadline import deadline
 from inferflux.worker.leases import SessionLeases
+from inferflux.worker.prefixes import CacheStatus, PrefixTally
 from inferflux.worker.record import RequestRecord
 from inferflux.worker.worker import Worker
 
@@ -32,15 +34,20 @@ class Prompts:
 class Prefiller:
     """Computes prompts and owns the way of their slots into the ticket book. Safe concurrently."""
 
-    def __init__(self, worker: Worker, book: TicketBook, arena: Arena, leases: SessionLeases) -> None:
+    def __init__(
+        self, worker: Worker, book: TicketBook, prefixes: PrefixStore, tally: PrefixTally, leases: SessionLeases
+    ) -> None:
         self._worker = worker
         self._book = book
-        self._arena = arena
+        self._prefixes = prefixes
+        self._tally = tally
         self._leases = leases
 
     async def prefill(self, context: RequestContext, call: HttpCall, session_id: str) -> Prompts | HttpAnswer:
         """Compute the prompts of a call and issue their tickets. Cancelling frees everything."""
         with self._running(context, call) as record, self._book.prefilling():
+            if failpoints.ON:
+                failpoints.hit("prefill.start")
             result = await self._compute(context, call)
             if isinstance(result, HttpAnswer):
                 record.status = result.head.status
@@ -48,22 +55,50 @@ class Prefiller:
             # The session's stream may not be open yet: its tickets get the grace.
             self._leases.touch(session_id)
             prompts = tuple(self._prefilled(context, session_id, prompt) for prompt in result.prompts)
+            if failpoints.ON:
+                failpoints.hit("ticket.issued")
             return Prompts(prompts, result.engine_s)
 
-    async def warm(self, context: RequestContext, call: HttpCall) -> int | HttpAnswer:
-        """Compute the prompts of a call so that the engine has them cached; returns their length in tokens."""
+    async def warm(self, context: RequestContext, call: HttpCall, pin: str = "") -> int | HttpAnswer:
+        """Compute the prompts of a call so that later prompts find them; returns how many tokens are cached.
+
+        `pin` keeps them under this name until `unpin`. Raises InvalidRequest when there is nothing to keep, Conflict
+        when the pins' quota is used up.
+        """
         with self._running(context, call) as record, self._book.prefilling():
             result = await self._compute(context, call)
             if isinstance(result, HttpAnswer):
                 record.status = result.head.status
                 return result
-            for prompt in result.prompts:
-                if prompt.kv is not None:
-                    self._arena.free(prompt.kv.slots)
-            return sum(prompt.num_prompt_tokens for prompt in result.prompts)
+            slots = [slot for prompt in result.prompts for slot in self._adopted(prompt)]
+            try:
+                named = self._prefixes.named(slots)
+                if pin:
+                    self._pin(pin, named)
+                return len(set(named)) * self._block_size
+            finally:
+                self._prefixes.release(slots)
+
+    def unpin(self, name: str) -> bool:
+        """Let a pinned prefix go; tells whether there was one."""
+        return self._prefixes.unpin(name)
+
+    def cache_status(self) -> CacheStatus:
+        """What the prefix store holds and did."""
+        return self._tally.status(self._prefixes, self._block_size)
+
+    def claim(self, ticket_id: str, claimant: Claimant, incarnation: str) -> str:
+        """Reserve a ticket for a reader; "" when it is granted, else the reason why not."""
+        return _refusal(lambda: self._book.claim(ticket_id, claimant, incarnation))
+
+    def commit(self, ticket_id: str, claimant: Claimant, incarnation: str) -> str:
+        """Note that a reader has a ticket's blocks; answers as `claim`."""
+        return _refusal(lambda: self._book.commit(ticket_id, claimant, incarnation))
 
     def release(self, ticket_ids: Sequence[str], request_ids: Sequence[str], why: str) -> int:
         """End tickets by their ids and by their requests'. Idempotent; returns how many were live."""
+        if failpoints.ON:
+            failpoints.hit("ticket.released")
         wanted = set(request_ids)
         lost = [record.ticket_id for record in self._book.list() if record.request_id in wanted] if wanted else []
         return self._book.release([*ticket_ids, *lost], why)
@@ -73,11 +108,33 @@ class Prefiller:
         with tracing.start_span("prefill", context.traceparent, attributes) as span:
             async with deadline(context.time_left_s):
                 result = await self._worker.engine.prefill(context, call)
+            if failpoints.ON:
+                failpoints.hit("prefill.computed")
             if isinstance(result, Prefilled):
+                for prompt in result.prompts:
+                    self._tally.observe(prompt, self._block_size)
                 num_tokens = sum(prompt.num_prompt_tokens for prompt in result.prompts)
                 metrics.TOKENS.labels("prompt", self._worker.info.model).inc(num_tokens)
                 span.set("gen_ai.usage.input_tokens", num_tokens)
             return result
+
+    def _adopted(self, prompt: ComputedPrompt) -> tuple[int, ...]:
+        """The prompt's slots, held."""
+        if prompt.kv is None:
+            return ()
+        self._prefixes.adopt(prompt.kv.slots, prompt.kv.block_hashes, prompt.kv.num_shared)
+        return prompt.kv.slots
+
+    def _pin(self, name: str, slots: Sequence[int]) -> None:
+        if not slots:
+            raise InvalidRequest(
+                f"nothing to pin: the prompt fills no block of {self._block_size} tokens, or has no room"
+            )
+        self._prefixes.pin(name, slots)
+
+    @property
+    def _block_size(self) -> int:
+        return self._worker.info.fingerprint.block_size
 
     def _prefilled(self, context: RequestContext, session_id: str, prompt: ComputedPrompt) -> PrefilledPrompt:
         ticket = self._ticket(context, session_id, prompt)
@@ -102,3 +159,11 @@ class Prefiller:
         record = RequestRecord(self._worker.role, call.path)
         with record, logs.request_id(context.request_id), self._worker.work.running():
             yield record
+
+
+def _refusal(action: Callable[[], object]) -> str:
+    try:
+        action()
+    except KvError as e:
+        return e.kv_reason
+    return ""

@@ -18,6 +18,7 @@ class Progress:
         self._step = -1
         self._seen_at = clock.monotonic()
         self._stalled_s = 0.0
+        self.objection: str | None = None
 
     @property
     def is_hopeless(self) -> bool:
@@ -25,7 +26,11 @@ class Progress:
         return self._stalled_s > 2 * self._wedged_after_s
 
     def observe(self, load: EngineLoad) -> str | None:
-        """Why the engine is not fit to serve; None when it is."""
+        """Why the engine is not fit to serve; None when it is. Kept as `objection`."""
+        self.objection = self._judge(load)
+        return self.objection
+
+    def _judge(self, load: EngineLoad) -> str | None:
         now = self._clock.monotonic()
         gap_s, self._seen_at = min(now - self._seen_at, MAX_GAP_S), now
         if load.step != self._step or load.num_running + load.num_waiting == 0:

@@ -93,6 +93,7 @@ class Registration:
             engine=info.name,
             max_model_len=info.max_model_len,
             max_num_seqs=info.max_num_seqs,
+            transports=worker.settings.transports,
         )
         model = pb.ModelRecord(
             name=info.model,

@@ -18,9 +18,10 @@ from inferflux.clock import until_tick
 from inferflux.errors import InvalidRequest
 from inferflux.process import Tasks
 from inferflux.telemetry import metrics
-from inferflux.types import ChoiceTokens, Frame, Pulse
-from inferflux.worker.answering import BY_GATEWAY, Answerer, DecodeRequest
+from inferflux.types import ChoiceTokens, End, Frame, Pulse
+from inferflux.worker.answering import BY_GATEWAY, TAKEN_OVER, Answerer, DecodeRequest
 from inferflux.worker.leases import GRACE_S, SessionLeases
+from inferflux.worker.parking import ParkingLot, Record
 
 PULSE_S = 0.25
 # An engine step reaches its requests in a few turns of the loop; more only delays the first of them.
@@ -31,7 +32,13 @@ MAX_OUTBOX_BYTES = 4 << 20
 # limit of a message, and in portions that a gateway is ready to keep for a client.
 MAX_FRAME_BYTES = 1 << 20
 MAX_BATCH_BYTES = 2 << 20
+# Of an engine that takes longer to let go of a request than this, nothing better is to be expected.
+PREDECESSOR_S = 2.0
 CANCEL_REASONS = ("disconnected", "deadline", "moved", "closed", "lost")  # bounded: gateways choose the text
+
+
+Running = dict[str, asyncio.Task[None]]
+"""What runs on the worker, by request id."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,9 +84,13 @@ class Stream:
 class Session:
     """One gateway's requests on this worker."""
 
-    def __init__(self, answerer: Answerer, tasks: Tasks, pulse: Callable[[], Pulse]) -> None:
+    def __init__(
+        self, answerer: Answerer, tasks: Tasks, pulse: Callable[[], Pulse], running: Running, lot: ParkingLot
+    ) -> None:
         self.pulse = pulse
         self.is_closed = False
+        self._running = running
+        self._lot = lot
         self._answerer = answerer
         self._tasks = tasks
         self._requests: dict[int, asyncio.Task[None]] = {}
@@ -101,9 +112,18 @@ class Session:
         """Start a request. Raises InvalidRequest when its handle is in use."""
         if request.handle in self._requests:
             raise InvalidRequest(f"handle {request.handle} is in use")
-        task = self._tasks.spawn(self._serve(request), f"request-{request.context.request_id}", may_return=True)
-        self._requests[request.handle] = task
-        task.add_done_callback(lambda _: self._requests.pop(request.handle, None))
+        request_id = request.context.request_id
+        before = self._running.get(request_id)
+        record = self._lot.enter(request)
+        task = self._tasks.spawn(self._serve(request, before, record), f"request-{request_id}", may_return=True)
+        self._requests[request.handle] = self._running[request_id] = task
+        task.add_done_callback(lambda _: self._forget(request, record))
+
+    def _forget(self, request: DecodeRequest, record: Record) -> None:
+        self._lot.park(record)
+        task = self._requests.pop(request.handle)
+        if self._running.get(request.context.request_id) is task:
+            del self._running[request.context.request_id]
 
     def cancel(self, handle: int, why: str) -> None:
         """Stop a request; its last frame says so. Unknown handles are ignored."""
@@ -153,8 +173,17 @@ class Session:
         self._num_bytes -= sizes[n - 1]
         return frames
 
-    async def _serve(self, request: DecodeRequest) -> None:
+    async def _serve(self, request: DecodeRequest, before: asyncio.Task[None] | None, record: Record) -> None:
+        """Answer a request; when it has been here before, e.g. cut off by the network, not beside itself."""
+        if before is not None:
+            try:
+                await asyncio.wait([before], timeout=PREDECESSOR_S)
+            except asyncio.CancelledError:
+                self._put(request.handle, Frame(end=End("abort")))
+                raise
+
         async def post(frame: Frame) -> None:
+            record.take(frame)
             self._put(request.handle, frame)
             await self._has_room.wait()
 
@@ -203,18 +232,29 @@ class Sessions:
         self._tasks = tasks
         self._pulse = pulse
         self._sessions: dict[str, Session] = {}
+        self._running: Running = {}
+        self._lot = ParkingLot()
         self.leases = SessionLeases(self._lose, grace_s)
 
     def open(self, session_id: str) -> Session:
         """Return the session of this id, a new one unless it is within its grace. Wrap its use in `leases.open`."""
         if session_id not in self._sessions:
-            self._sessions[session_id] = Session(self._answerer, self._tasks, self._pulse)
+            self._sessions[session_id] = Session(self._answerer, self._tasks, self._pulse, self._running, self._lot)
         return self._sessions[session_id]
+
+    async def recall(self, request_id: str, tenant: str) -> Record:
+        """End a request here and give what is known of it. Raises NotFound."""
+        record = self._lot.find(request_id, tenant)
+        if (task := self._running.get(request_id)) is not None:
+            task.cancel(TAKEN_OVER)
+            await asyncio.wait([task], timeout=PREDECESSOR_S)
+        return record
 
     async def close(self, why: str) -> None:
         """Close all sessions."""
         self.leases.close()
         await asyncio.gather(*(session.close(why) for session in self._sessions.values()))
+        self._lot.close()
 
     def _lose(self, session_id: str) -> None:
         session = self._sessions.pop(session_id)

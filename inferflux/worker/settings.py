@@ -10,7 +10,8 @@ from typing import Literal
 
 from inferflux.config import CommonSettings
 from inferflux.engine.options import MIB, EngineOptions
-from inferflux.types import Role
+from inferflux.kv import nixl
+from inferflux.types import Role, Transport
 
 # Real steps can take seconds (a long prompt on a CPU), simulated ones take milliseconds.
 WEDGED_AFTER_S = {"vllm": 30.0, "sim": 2.0}
@@ -34,6 +35,12 @@ class WorkerSettings(CommonSettings):
     """The engine's own paged cache."""
     kv_arena_bytes: int = 512 * MIB
     """Memory that a prefill worker's tickets point into; decode workers have none."""
+    kv_transport: Literal["auto", "shm", "nixl"] = "auto"
+    """How KV blocks travel: auto is shm within a host and nixl, where it is installed, between hosts."""
+    kv_prefix_cache: bool = True
+    """Whether a prefill worker keeps blocks for later prompts that begin alike, until their room is needed."""
+    kv_pinned_share: float = 0.5
+    """Largest share of the arena that pinned prefixes may hold, 0 to 1."""
     max_model_len: int = 0
     """Longest prompt plus output in tokens; 0: the model's own."""
     max_num_seqs: int = 64
@@ -62,7 +69,18 @@ class WorkerSettings(CommonSettings):
             object.__setattr__(self, "wedge_s", WEDGED_AFTER_S[self.engine])
         if self.engine == "vllm" and self.model_dir is None:
             raise ValueError("INFERFLUX_MODEL_DIR: missing")
+        if self.kv_transport == "nixl" and not nixl.is_installed():
+            raise ValueError("INFERFLUX_KV_TRANSPORT: nixl is not installed: pip install 'inferflux[nixl]'")
+        if not 0 <= self.kv_pinned_share <= 1:
+            raise ValueError(f"INFERFLUX_KV_PINNED_SHARE: {self.kv_pinned_share} is not between 0 and 1")
         parse_cores(self.cpu_cores)
+
+    @property
+    def transports(self) -> tuple[Transport, ...]:
+        """What this worker offers, best first."""
+        if self.kv_transport != "auto":
+            return (Transport(self.kv_transport),)
+        return (Transport.SHM, Transport.NIXL) if nixl.is_installed() else (Transport.SHM,)
 
     @property
     def arena_socket(self) -> Path:

@@ -12,12 +12,11 @@ from inferflux.types import KvReport, ModelFingerprint, PrefilledPrompt, Request
 
 
 class TicketGate:
-    """Lets through the tickets that were signed for this request, this model and this host. Pure."""
+    """Lets through the tickets that were signed for this request and this model. Pure."""
 
-    def __init__(self, key: bytes, fingerprint: ModelFingerprint, host_id: str) -> None:
+    def __init__(self, key: bytes, fingerprint: ModelFingerprint) -> None:
         self._key = key
         self._fingerprint = fingerprint
-        self._host_id = host_id
 
     def admit(
         self, context: RequestContext, prompts: Sequence[PrefilledPrompt]
@@ -42,6 +41,5 @@ class TicketGate:
             tenant=context.tenant,
             prompt_digest=prompt.prompt_digest,
             fingerprint=self._fingerprint,
-            host_id=self._host_id,
         )
         return replace(ticket.to_source(prompt.token_ids), num_cached_tokens=prompt.num_cached_tokens)

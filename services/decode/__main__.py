@@ -24,7 +24,7 @@ class DecodePart(Part):
     callers = CALLERS
 
     def __init__(self, worker: Worker, tasks: Tasks) -> None:
-        self._sessions = Sessions(Answerer(worker), tasks, worker.pulse)
+        self._sessions = Sessions(Answerer(worker, worker.claims), tasks, worker.pulse)
         self._servicer = DecodeServicer(self._sessions, worker.lifecycle.incarnation)
 
     def add_to(self, server: grpc.aio.Server) -> None:

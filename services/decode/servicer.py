@@ -10,6 +10,7 @@ from typing import Any
 
 import grpc
 
+from inferflux import failpoints
 from inferflux.errors import InvalidRequest
 from inferflux.types import ChoiceTokens, Delivered, HttpCall, PrefilledPrompt, RequestContext, frame_to_proto
 from inferflux.v1 import decode_service_pb2 as pb
@@ -45,12 +46,22 @@ class DecodeServicer(DecodeServiceServicer):
             try:
                 async with aclosing(stream.batches()) as batches:
                     async for batch in batches:
+                        if failpoints.ON and batch.frames:
+                            failpoints.hit("session.batch")
                         yield self._to_proto(batch)
                 if reader.done():
                     reader.result()
             finally:
                 reader.cancel()
                 await asyncio.gather(reader, return_exceptions=True)
+
+    async def Recall(self, request: pb.RecallRequest, context: Context) -> pb.RecallResponse:  # noqa: N802
+        record = await self._sessions.recall(request.request_id, request.tenant)
+        _log.info("request recalled", extra={"recalled_id": request.request_id})
+        response = pb.RecallResponse(call=record.request.call.to_proto(), context=record.context.to_proto())
+        for tokens in record.tokens:
+            response.delivered.add(index=tokens.index, token_ids=tokens.token_ids)
+        return response
 
     def _to_proto(self, batch: Batch) -> pb.StepBatch:
         message = pb.StepBatch(incarnation=self._incarnation)

@@ -18,10 +18,14 @@ from inferflux.rpc.mtls import Identity
 from inferflux.telemetry.logs import LineLog
 from services.gateway.admin import AdminApi
 from services.gateway.app import create_app
-from services.gateway.auth import Authenticator, KeyRing
+from services.gateway.auth import Authenticator, KeyRing, cache_salt
+from services.gateway.cache import CacheApi
 from services.gateway.control import PolicyClient, RegistryClient
+from services.gateway.fleet import Fleet
+from services.gateway.fleet_api import FleetApi
 from services.gateway.idempotency import Idempotency, Records
 from services.gateway.inference import Inference
+from services.gateway.matrix import Matrix
 from services.gateway.pool import Caller, Pool
 from services.gateway.server import HttpServer, bind
 from services.gateway.settings import Settings
@@ -42,7 +46,7 @@ async def serve(settings: Settings, sock: socket.socket, lifecycle: Lifecycle) -
         policy_client = PolicyClient(policy_channel, settings.instance_id, tenant_key)
         registry_client = RegistryClient(registry_channel, settings.instance_id)
         policy = Snapshot[KeyRing]("policy")
-        pool = Pool(caller, tasks, dead_s=settings.worker_dead_s, max_buffered_bytes=settings.max_buffered_bytes)
+        pool = Pool(caller, tasks, settings.terms)
         registry = Snapshot[ClusterView]("registry", pool.reconcile)
         inference = Inference(
             auth=Authenticator(pepper, lambda: policy.value),
@@ -53,7 +57,10 @@ async def serve(settings: Settings, sock: socket.socket, lifecycle: Lifecycle) -
             access_log=LineLog("gateway", settings.instance_id, "request", __name__) if settings.access_log else None,
         )
         idempotency = Idempotency(inference, Records(SystemClock(), settings.record_limits), tasks)
-        app = create_app(idempotency, AdminApi(policy_client, policy.reached), pool.models, lifecycle)
+        fleet, matrix = FleetApi(Fleet(pool.workers)), Matrix(identity, pool.registered)
+        admin = AdminApi(policy_client, policy.reached, fleet, matrix)
+        cache = CacheApi(inference.auth, pool, partial(cache_salt, tenant_key))
+        app = create_app(idempotency, admin, cache, pool.models, lifecycle)
         lifecycle.add_readiness("policy", lambda: None if policy.value is not None else "not heard yet")
         lifecycle.add_readiness("workers", pool.objection)
         tasks.spawn(policy.follow(policy_client.watch), "policy")

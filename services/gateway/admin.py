@@ -1,8 +1,9 @@
-"""The admin API: keys over HTTP, for administrators who reach the cluster only through its gateway."""
+"""The admin API over HTTP, for administrators who reach the cluster only through its gateway: keys, fleet, KV paths."""
 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Annotated, Any
 
@@ -16,6 +17,8 @@ from services.gateway.asgi import header_map
 from services.gateway.control import KeyInfo, NewKey, PolicyClient
 from services.gateway.endpoints import Scope
 from services.gateway.envelope import BodyLimits
+from services.gateway.fleet_api import FleetApi
+from services.gateway.matrix import Matrix
 
 LIMITS = BodyLimits(max_bytes=64 * 1024, max_depth=8)
 # A write reaches this gateway within 250 ms; an administrator may use what he made as soon as he has the answer.
@@ -39,9 +42,11 @@ class NewKeyBody(BaseModel):
 class AdminApi:
     """Handlers of the admin routes. `reached` waits until this gateway uses a policy revision."""
 
-    def __init__(self, policy: PolicyClient, reached: Reached) -> None:
+    def __init__(self, policy: PolicyClient, reached: Reached, fleet: FleetApi, matrix: Matrix) -> None:
         self._policy = policy
         self._reached = reached
+        self._fleet = fleet
+        self._matrix = matrix
 
     def router(self) -> APIRouter:
         """Make the routes."""
@@ -49,7 +54,12 @@ class AdminApi:
         router.add_api_route(path, self.list_keys, methods=["GET"])
         router.add_api_route(path, self.create_key, methods=["POST"])
         router.add_api_route(path + "/{key_id}", self.revoke_key, methods=["DELETE"])
+        router.include_router(self._fleet.router())
+        router.add_api_route("/v1/admin/paths", self.measure_paths, methods=["GET"])
         return router
+
+    async def measure_paths(self) -> Response:
+        return _json({"object": "list", "data": [asdict(path) for path in await self._matrix.measure()]})
 
     async def list_keys(self) -> Response:
         keys, revision = await self._policy.list_keys()

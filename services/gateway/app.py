@@ -22,9 +22,11 @@ from services.gateway import failures
 from services.gateway.admin import AdminApi
 from services.gateway.asgi import AsgiScope, Message, Receive, Send, header_map
 from services.gateway.auth import Authenticator
+from services.gateway.cache import CacheApi
 from services.gateway.endpoints import ENDPOINTS, Dialect, Scope
 from services.gateway.idempotency import Idempotency
 from services.gateway.inference import Inference, new_request_id
+from services.gateway.resumption import STREAMS, Resumption
 from services.gateway.views import Model
 
 Models = Callable[[], tuple[Model, ...]]
@@ -60,11 +62,15 @@ class Doorway:
     app: FastAPI
     inference: Inference
     idempotency: Idempotency
+    resumption: Resumption
 
     async def __call__(self, scope: AsgiScope, receive: Receive, send: Send) -> None:
         """Answer one request."""
         if scope["path"] in ENDPOINTS:
             await self.idempotency(scope, receive, send)
+            return
+        if scope["path"].startswith(STREAMS):
+            await self.resumption(scope, receive, send)
             return
         headers = self.inference.response_headers(new_request_id())
 
@@ -76,7 +82,9 @@ class Doorway:
         await self.app(scope, receive, stamp)
 
 
-def create_app(idempotency: Idempotency, admin: AdminApi, models: Models, lifecycle: Lifecycle) -> Doorway:
+def create_app(
+    idempotency: Idempotency, admin: AdminApi, cache: CacheApi, models: Models, lifecycle: Lifecycle
+) -> Doorway:
     """Put all routes together."""
     inference = idempotency.inference
     auth = inference.auth
@@ -84,10 +92,11 @@ def create_app(idempotency: Idempotency, admin: AdminApi, models: Models, lifecy
     app.include_router(_health_routes(lifecycle))
     app.include_router(_metrics_routes(), dependencies=[Depends(Gate(auth, (Scope.READ,), is_open_to_loopback=True))])
     app.include_router(_model_routes(models), dependencies=[Depends(Gate(auth, (Scope.READ, Scope.GENERATE)))])
-    app.include_router(admin.router(), dependencies=[Depends(Gate(auth, (Scope.ADMIN,)))])
+    for api in (admin, cache):
+        app.include_router(api.router(), dependencies=[Depends(Gate(auth, (Scope.ADMIN,)))])
     for kind in (InferfluxError, HTTPException, Exception):
         app.add_exception_handler(kind, _answer_error)
-    return Doorway(app, inference, idempotency)
+    return Doorway(app, inference, idempotency, Resumption(inference))
 
 
 def _health_routes(lifecycle: Lifecycle) -> APIRouter:

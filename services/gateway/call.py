@@ -7,11 +7,13 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from inferflux.journal import Journal
 from inferflux.telemetry import tracing
 from inferflux.types import Usage
 from inferflux.v1 import types_pb2
 from services.gateway.auth import Principal
 from services.gateway.endpoints import Endpoint, Kind
+from services.gateway.losses import Losses
 
 
 class Phase(StrEnum):
@@ -24,11 +26,12 @@ class Phase(StrEnum):
     STREAM = "stream"
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False, weakref_slot=True)
 class Call:
     """One request. Instants are in the loop's time; `created_s` is Unix time.
 
-    The fields from `phase` on change as it proceeds.
+    The fields from `phase` on change as it proceeds. `journal`: what it has of its response. `is_recalled`: some of
+    that has been sent through another connection.
     """
 
     request_id: str
@@ -39,11 +42,14 @@ class Call:
     received_at: float
     deadline_at: float
     created_s: int = 0
+    is_recalled: bool = False
     traceparent: str = ""
     phase: Phase = Phase.ROUTING
     prefill_worker: str = ""
     decode_worker: str = ""
     usage: Usage = field(default_factory=Usage)
+    journal: Journal = field(default_factory=Journal)
+    losses: Losses = field(default_factory=Losses)
 
     @property
     def needs_prefill(self) -> bool:

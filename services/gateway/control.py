@@ -167,6 +167,7 @@ def _to_worker(record: registry_pb.WorkerRecord) -> Worker:
         fingerprint=ModelFingerprint.from_proto(record.fingerprint),
         host_id=record.host_id,
         max_num_seqs=record.max_num_seqs,
+        transports=frozenset(record.transports or ("shm",)),  # a worker of an earlier version says nothing of it
     )
 
 

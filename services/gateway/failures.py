@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from typing import Any
 
 import orjson
@@ -11,6 +12,7 @@ from inferflux.errors import InferfluxError, Internal, InvalidRequest
 from services.gateway.asgi import RawHeaders
 from services.gateway.endpoints import Dialect
 
+MAX_SPREAD = 3.0
 _OPENAI_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 _ANTHROPIC_TYPES = {
     401: "authentication_error",
@@ -60,7 +62,9 @@ def headers(error: InferfluxError) -> RawHeaders:
     if isinstance(error, MethodNotAllowed):
         extra.append((b"allow", error.allowed.encode()))
     if error.is_retryable or error.retry_after_s is not None:
-        extra.append((b"retry-after", str(math.ceil(error.retry_after_s or 1)).encode()))
+        # Not the same for all: who was refused together must not come back together.
+        spread = random.uniform(1, MAX_SPREAD)  # noqa: S311 - spreads clients, guards nothing
+        extra.append((b"retry-after", str(math.ceil((error.retry_after_s or 1) * spread)).encode()))
     return extra
 
 

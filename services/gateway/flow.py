@@ -3,42 +3,45 @@
     route --> prefill worker --> tickets --> decode worker --> bytes --> client
 
 Each `with` gives back what it took on every way out: an answer, an error, a lost worker, a client that went away, a
-deadline. So a request can end anywhere, and nothing of it stays behind.
+deadline. So a request can end anywhere, and nothing of it stays behind. What it has of its response is in its journal,
+so that it can walk again.
 """
 
 from __future__ import annotations
 
 import logging
 
-from inferflux.errors import DeadlineExceeded, Draining, InferfluxError, WorkerLost
-from inferflux.telemetry import metrics
+from inferflux import failpoints
+from inferflux.errors import DeadlineExceeded, InferfluxError
 from inferflux.types import HttpAnswer
 from services.gateway.call import Call, Phase
 from services.gateway.pool import Pool, Route
 from services.gateway.prefill import Tickets
 from services.gateway.reply import Reply
 
+MAX_PREFILLS = 2
 _log = logging.getLogger(__name__)
 
 
 async def serve(call: Call, pool: Pool, reply: Reply) -> None:
-    """Answer a call. A decode worker lost before the first byte costs a second walk, not the request."""
-    route = pool.route(call.model, needs_prefill=call.needs_prefill)
-    try:
-        await walk(call, route, reply)
-    except (WorkerLost, Draining) as e:
-        if reply.has_started:
-            raise
-        _log.warning("trying again", extra={"worker": route.decode.worker_id, "reason": e.reason})
-        metrics.RETRIES.labels(e.reason).inc()
-        excluded = frozenset({route.decode.worker_id})
-        await walk(call, pool.route(call.model, needs_prefill=call.needs_prefill, excluded=excluded), reply)
+    """Answer a call. When its decode worker is lost, another one goes on where the response has got to."""
+    route = pool.admit(call)
+    while True:
+        try:
+            return await walk(call, route, pool, reply)
+        except InferfluxError as e:
+            _log.warning("decode failed", extra={"worker": route.decode.worker_id, "reason": e.reason})
+            route = await pool.reroute(call, route, e)
+        if not reply.is_streaming and not call.is_recalled:
+            call.journal.forget()
 
 
-async def walk(call: Call, route: Route, reply: Reply) -> None:
+async def walk(call: Call, route: Route, pool: Pool, reply: Reply) -> None:
     """Take a call through its phases once, on the workers of a route."""
     with route:
-        prompts = await prefill(call, route)
+        if failpoints.ON:
+            failpoints.hit("gateway.routed")
+        prompts = await prefill(call, route, pool)
         if isinstance(prompts, HttpAnswer):
             await reply.answer(prompts)
             return
@@ -50,16 +53,21 @@ async def walk(call: Call, route: Route, reply: Reply) -> None:
                 call.usage = stream.usage
 
 
-async def prefill(call: Call, route: Route) -> Tickets | HttpAnswer:
-    """Have the prompts computed on the prefill worker. No tickets: the decode worker shall compute them itself."""
-    if route.prefill is None:
-        return Tickets()
-    call.phase, call.prefill_worker = Phase.PREFILL, route.prefill.worker_id
-    try:
-        with call.span("prefill") as span:
-            return await route.prefill.prefill(call, span)
-    except DeadlineExceeded:
-        raise
-    except InferfluxError as e:
-        _log.warning("prefill failed, decode does it", extra={"worker": call.prefill_worker, "reason": e.reason})
-        return Tickets()
+async def prefill(call: Call, route: Route, pool: Pool) -> Tickets | HttpAnswer:
+    """Have the prompts computed on a prefill worker, or on another one when that is lost.
+
+    No tickets: the decode worker shall compute them itself.
+    """
+    for _ in range(MAX_PREFILLS):
+        if route.prefill is None:
+            break
+        call.phase, call.prefill_worker = Phase.PREFILL, route.prefill.worker_id
+        try:
+            with call.span("prefill") as span:
+                return await route.prefill.prefill(call, span)
+        except DeadlineExceeded:
+            raise
+        except InferfluxError as e:
+            _log.warning("prefill failed", extra={"worker": call.prefill_worker, "reason": e.reason})
+            pool.reroute_prefill(call, route, e)
+    return Tickets(why_local=route.why_local)

@@ -6,10 +6,14 @@ no worker looks dead afterwards.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from inferflux.types import Pulse, State
 
 TICK_S = 0.25
 SUSPECT_TICKS = 4
+# guess: 5 s until a worker that has just come has filled its caches.
+WARM_TICKS = 20
 
 
 class Heart:
@@ -19,6 +23,7 @@ class Heart:
         self.pulse: Pulse | None = None
         self._dead_ticks = dead_ticks
         self._num_silent_ticks = 0
+        self._num_ticks_up = 0
 
     def beat(self, pulse: Pulse) -> None:
         """Take a pulse."""
@@ -28,11 +33,17 @@ class Heart:
     def tick(self) -> None:
         """Let one TICK_S pass."""
         self._num_silent_ticks += 1
+        self._num_ticks_up += self.is_up
+
+    def refuse(self) -> None:
+        """Hear from the worker, before its next pulse, that it takes nothing new."""
+        if self.is_ready and self.pulse is not None:
+            self.pulse = replace(self.pulse, state=State.DRAINING)
 
     def stop(self) -> None:
         """The stream is gone."""
         self.pulse = None
-        self._num_silent_ticks = 0
+        self._num_silent_ticks = self._num_ticks_up = 0
 
     @property
     def is_up(self) -> bool:
@@ -43,6 +54,16 @@ class Heart:
     def is_ready(self) -> bool:
         """Whether the worker takes new requests."""
         return self.pulse is not None and self.pulse.state is State.READY
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether the worker says that it is beyond help, and so is what it has: e.g. its engine hangs."""
+        return self.pulse is not None and self.pulse.state is State.FAILED
+
+    @property
+    def warmth(self) -> float:
+        """How much of its capacity a worker that has just come should be given, in (0, 1]."""
+        return min(1.0, (self._num_ticks_up + 1) / WARM_TICKS)
 
     @property
     def is_fresh(self) -> bool:

@@ -10,8 +10,9 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from functools import partial
 
 from inferflux.errors import Draining, InferfluxError, InvalidRequest
 from inferflux.telemetry import logs, metrics, tracing
@@ -35,6 +36,7 @@ _FORWARDED = {
     name.encode(): name
     for name in ("content-type", "accept", "user-agent", "anthropic-version", "anthropic-beta", "openai-beta")
 }
+Serve = Callable[[Reply, Account], Awaitable[None]]
 _log = logging.getLogger(__name__)
 _inflight = metrics.INFLIGHT.labels(ROLE)
 
@@ -55,8 +57,11 @@ class Inference:
 
         Tells whether the client has a worker's whole answer.
         """
-        request_id = new_request_id()
         endpoint = ENDPOINTS[scope["path"]]
+        return await self.conduct(endpoint, new_request_id(), scope, send, partial(self._serve, scope, receive))
+
+    async def conduct(self, endpoint: Endpoint, request_id: str, scope: AsgiScope, send: Send, serve: Serve) -> bool:
+        """Let `serve` answer, and end what it leaves open; see `__call__`."""
         write_now = scope.get("extensions", {}).get(WRITE_NOW)
         reply = Reply(send, request_id, endpoint.dialect, self.response_headers(request_id), write_now)
         account = Account(request_id, endpoint, reply, self.access_log)
@@ -64,7 +69,7 @@ class Inference:
         _inflight.inc()
         logs.REQUEST_ID.set(request_id)  # for this task, which serves nothing else
         try:
-            await self._serve(scope, receive, reply, account)
+            await serve(reply, account)
         except ClientGone:
             is_gone = True
         except asyncio.CancelledError:  # the server's last word when it drains

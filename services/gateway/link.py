@@ -18,7 +18,9 @@ from inferflux.rpc.client import to_error
 from inferflux.telemetry import metrics
 from inferflux.types import STATE_FROM_PROTO, Pulse, Role, State
 from inferflux.v1 import types_pb2
+from inferflux.v1.worker_admin_service_pb2_grpc import WorkerAdminServiceStub
 from services.gateway.heart import Heart
+from services.gateway.poison import Inquest
 from services.gateway.snapshots import backoff_s
 from services.gateway.views import Worker
 
@@ -28,18 +30,26 @@ _log = logging.getLogger(__name__)
 class Link(ABC):
     """The connection to one worker. `run` once, as a task; cancelling it closes everything.
 
-    `num_assigned`: requests that this gateway has routed to the worker and that are not over there.
+    `num_assigned`: requests that this gateway has routed to the worker and that are not over there. `admin`: the
+    worker's WorkerAdminService.
     """
 
     role: Role
 
-    def __init__(self, worker: Worker, channel: grpc.aio.Channel, heart: Heart) -> None:
+    def __init__(self, worker: Worker, channel: grpc.aio.Channel, heart: Heart, inquest: Inquest) -> None:
         self.worker_id = worker.worker_id
         self.incarnation = worker.incarnation
         self.heart = heart
         self.num_assigned = 0
+        self._inquest = inquest
+        self.admin: Any = WorkerAdminServiceStub(channel)
         self._channel = channel
         self._call: Any = None
+
+    @property
+    def num_local_prefills(self) -> int:
+        """Requests whose prompts a decode worker still has to compute itself."""
+        return 0
 
     async def run(self) -> None:
         """Keep the stream open until cancelled."""
@@ -61,12 +71,13 @@ class Link(ABC):
 
     async def _converse_once(self) -> bool:
         """Hold one stream from its start to its end; tells whether the worker ever answered on it."""
-        was_up = False
+        was_up = is_death = False
         reason = "closed"
         try:
             await self._converse()
         except grpc.aio.AioRpcError as e:
             reason = to_error(e).reason
+            is_death = True  # until it comes back as the same start
         except InferfluxError as e:
             reason = e.reason
         except asyncio.CancelledError:
@@ -75,7 +86,7 @@ class Link(ABC):
             reason = "silent"
         finally:
             was_up = self.heart.is_up
-            self._down(reason)
+            self._down(reason, is_death=is_death)
         return was_up
 
     @staticmethod
@@ -88,18 +99,24 @@ class Link(ABC):
         if not self.heart.is_up:
             metrics.WORKER_UP.labels(self.role.value, self.worker_id).set(1)
             _log.info("worker up", extra={"worker": self.worker_id, "incarnation": message.incarnation})
+            self._inquest.came_back(message.incarnation)
+        was_ready = self.heart.is_ready
         # A worker that was started anew may be here faster than through the registry.
         self.incarnation = max(self.incarnation, message.incarnation)
         is_known = message.state in STATE_FROM_PROTO
         # A state that we don't know is not ready, whatever it is.
-        self.heart.beat(Pulse.from_proto(message) if is_known else Pulse(message.incarnation, State.FAILED))
+        self.heart.beat(Pulse.from_proto(message) if is_known else Pulse(message.incarnation, State.DRAINING))
+        if self.heart.has_failed:
+            self._lost(is_death=False)
+        elif self.heart.is_ready and not was_ready:
+            self._inquest.news.ring()
 
-    def _down(self, reason: str) -> None:
+    def _down(self, reason: str, *, is_death: bool) -> None:
         if self.heart.is_up:
             metrics.WORKER_UP.labels(self.role.value, self.worker_id).set(0)
             _log.warning("worker down", extra={"worker": self.worker_id, "reason": reason})
         self.heart.stop()
-        self._lost()
+        self._lost(is_death=is_death)
 
     async def _finish(self) -> None:  # noqa: B027 - most have nothing to say
         """Complete what must still be said to the worker before the channel closes."""
@@ -109,5 +126,5 @@ class Link(ABC):
         """Open the stream, set `_call`, read it to its end, and clean up."""
 
     @abstractmethod
-    def _lost(self) -> None:
-        """Tell everything that depended on the stream."""
+    def _lost(self, *, is_death: bool) -> None:
+        """Take everything from the worker that runs there. `is_death`: it died, of some of that perhaps. Idempotent."""

@@ -10,7 +10,7 @@ import asyncio
 
 from inferflux.errors import InferfluxError, Internal
 from inferflux.types import HttpAnswer, HttpHead
-from services.gateway import failures, sse
+from services.gateway import failures, losses, sse
 from services.gateway.asgi import RawHeaders, Send, WriteNow, encode_headers
 from services.gateway.endpoints import Dialect
 
@@ -40,9 +40,10 @@ class Reply:
         self.num_bytes = 0
         self.is_streaming = False
         self.error: InferfluxError | None = None
+        self._head: HttpHead | None = None
         self._send = send
         self._request_id = request_id
-        self._dialect = dialect
+        self.dialect = dialect
         self._headers = headers
         self._write_now = write_now
         self._held: list[bytes] = []
@@ -59,10 +60,12 @@ class Reply:
     async def write(self, head: HttpHead | None, data: bytes) -> None:
         """Take the next bytes of the body of a worker's response."""
         if self.is_streaming:
+            if head is not self._head:
+                self._go_on(head)
             self.num_bytes += len(data)
             await self._send({"type": "http.response.body", "body": data, "more_body": True})
-        elif head is not None and _is_event_stream(head):
-            self.is_streaming = True
+        elif head is not None and is_event_stream(head):
+            self.is_streaming, self._head = True, head
             await self._start(head, _SSE_HEADERS)
             await self.write(head, data)
         else:
@@ -82,13 +85,21 @@ class Reply:
         """End the response of a worker that has sent everything. Raises Internal when that is nothing."""
         if self.is_streaming:
             await self._send({"type": "http.response.body", "body": b""})
-        elif head is None or _is_event_stream(head):
+        elif head is None or is_event_stream(head):
             raise Internal("the worker ended the request without an answer")
         else:
             await self.answer(HttpAnswer(head, b"".join(self._held)))
 
+    def _go_on(self, head: HttpHead | None) -> None:
+        """Take the rest of an event stream from another worker. Raises Internal when that answers differently."""
+        if head is None or not is_event_stream(head):
+            raise losses.not_continued()
+        self._head = head
+
     async def answer(self, answer: HttpAnswer) -> None:
-        """Send a complete response of a worker."""
+        """Send a complete response of a worker. Raises Internal when another one has begun differently."""
+        if self.has_started:
+            raise losses.not_continued()
         await self._start(answer.head, [(b"content-length", str(len(answer.body)).encode())])
         await self._end(answer.body)
 
@@ -96,9 +107,9 @@ class Reply:
         """End the response with an error: as its status and body, or as the last event of a stream that has begun."""
         self.error = error
         if self.is_streaming:
-            await self._end(sse.error_event(error, self._dialect, self._request_id))
+            await self._end(sse.error_event(error, self.dialect, self._request_id))
         elif not self.has_started:
-            body = failures.body(error, self._dialect, self._request_id)
+            body = failures.body(error, self.dialect, self._request_id)
             length = (b"content-length", str(len(body)).encode())
             json = (b"content-type", b"application/json")
             await self._start(HttpHead(error.http_status), [json, length, *failures.headers(error)])
@@ -116,5 +127,6 @@ class Reply:
         await self._send({"type": "http.response.body", "body": data})
 
 
-def _is_event_stream(head: HttpHead) -> bool:
+def is_event_stream(head: HttpHead) -> bool:
+    """Whether a response is a stream of server-sent events."""
     return any(name == "content-type" and value.startswith("text/event-stream") for name, value in head.headers)

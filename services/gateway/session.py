@@ -3,8 +3,9 @@
 One message from the worker carries the news of many requests, so what is done here per delta is the gateway's cost per
 token: find the stream, pass its bytes to the client.
 
-A broken stream loses its requests: each of them ends with WorkerLost, and when the stream is open again the worker is
-told to drop what it may still compute for them.
+A broken stream loses its requests: each of them ends with WorkerLost and goes on elsewhere from its journal. When the
+stream is open again the worker is told to drop what it may still compute for them, before it hears of anything new;
+what it still says about them is counted and dropped.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import count
 from time import monotonic
 from types import TracebackType
@@ -20,8 +21,9 @@ from typing import Any, Self
 
 import grpc
 
-from inferflux.errors import InferfluxError, Internal, SlowConsumer, WorkerLost
-from inferflux.rpc.client import error_of
+from inferflux import failpoints
+from inferflux.errors import Draining, InferfluxError, Internal, SlowConsumer, WorkerLost
+from inferflux.rpc.client import error_of, translated_errors
 from inferflux.telemetry import metrics
 from inferflux.telemetry.tracing import Span
 from inferflux.types import End, HttpHead, KvReport, Role, Usage, end_from_proto, kv_from_proto
@@ -31,10 +33,12 @@ from services.gateway.asgi import WriteNow
 from services.gateway.call import Call
 from services.gateway.heart import Heart
 from services.gateway.link import Link
+from services.gateway.poison import Inquest
 from services.gateway.prefill import Tickets
-from services.gateway.reply import Reply
+from services.gateway.reply import Reply, is_event_stream
 from services.gateway.views import Worker
 
+RECALL_S = 5.0
 OnKv = Callable[[KvReport], None]
 _log = logging.getLogger(__name__)
 
@@ -50,28 +54,32 @@ class TokenStream:
         "_chunks",
         "_end",
         "_error",
+        "_has_ids",
         "_head",
+        "_journal",
         "_last_at",
-        "_num_tokens",
         "_num_waiting",
         "_on_kv",
         "_session",
         "_waiter",
         "_write_now",
+        "call",
         "handle",
     )
 
-    def __init__(self, session: DecodeSession, handle: int, on_kv: OnKv) -> None:
+    def __init__(self, session: DecodeSession, handle: int, call: Call, on_kv: OnKv) -> None:
         self.handle = handle
+        self.call = call
+        self._journal = call.journal
         self._session = session
         self._on_kv = on_kv
         self._write_now: WriteNow = _not_now
         self._head: HttpHead | None = None
+        self._has_ids = False
         self._end: End | None = None
         self._error: InferfluxError | None = None
         self._chunks: list[bytes] = []
         self._num_waiting = 0
-        self._num_tokens = 0
         self._last_at = 0.0
         self._waiter: asyncio.Future[None] | None = None
 
@@ -87,7 +95,7 @@ class TokenStream:
     def usage(self) -> Usage:
         """What the request cost: as its worker says, or else (it is lost, or tells a failure) the tokens that came."""
         usage = self._end.usage if self._end is not None else Usage()
-        return usage if usage != Usage() else Usage(completion_tokens=self._num_tokens)
+        return usage if usage != Usage() else Usage(completion_tokens=self._journal.num_tokens)
 
     async def relay(self, reply: Reply) -> None:
         """Pass the whole response on. Raises WorkerLost, SlowConsumer, or the error that the worker reported."""
@@ -104,10 +112,17 @@ class TokenStream:
         if data := delta.data:
             if self._last_at:
                 self._session.gaps.observe(now - self._last_at)
+            else:
+                self._session.begun(self, now)
             self._last_at = now
+            if self._head is None and delta.HasField("head"):
+                self._take_head(delta)
+            if self._has_ids:
+                data = b"id: %d\n%b" % (self._journal.num_events, data)
+            self._journal.num_events += 1
             self._keep(data)
-        for choice in delta.choices:
-            self._num_tokens += len(choice.token_ids)
+        for tokens in delta.choices:
+            self._journal.take(tokens.index, tokens.token_ids)
         # Per request rather than per token, and cheap to rule out.
         if delta.HasField("head") or delta.kv or delta.HasField("end"):
             self._feed_rest(delta)
@@ -148,15 +163,19 @@ class TokenStream:
         self._num_waiting += len(data)
 
     def _feed_rest(self, delta: pb.Delta) -> None:
-        if delta.HasField("head"):
-            self._head = HttpHead.from_proto(delta.head)
+        if self._head is None and delta.HasField("head"):
+            self._take_head(delta)
         for report in delta.kv:
             self._on_kv(kv_from_proto(report))
         if delta.HasField("end"):
             self._session.forget(self)
             self._end = end_from_proto(delta.end)
             if (error := self._end.error) is not None:
-                self.fail(error_of(error.reason, error.message))
+                self._session.failed(self, error_of(error.reason, error.message))
+
+    def _take_head(self, delta: pb.Delta) -> None:
+        self._head = HttpHead.from_proto(delta.head)
+        self._has_ids = self._session.has_event_ids and is_event_stream(self._head)
 
     def _wake(self) -> None:
         waiter, self._waiter = self._waiter, None
@@ -170,11 +189,20 @@ class DecodeSession(Link):
     role = Role.DECODE
 
     def __init__(
-        self, worker: Worker, channel: grpc.aio.Channel, heart: Heart, hello: pb.Hello, max_buffered_bytes: int
+        self,
+        worker: Worker,
+        channel: grpc.aio.Channel,
+        heart: Heart,
+        inquest: Inquest,
+        hello: pb.Hello,
+        *,
+        max_buffered_bytes: int,
+        has_event_ids: bool = True,
     ) -> None:
-        super().__init__(worker, channel, heart)
+        super().__init__(worker, channel, heart, inquest)
         self.loop = asyncio.get_running_loop()
         self.max_buffered_bytes = max_buffered_bytes
+        self.has_event_ids = has_event_ids
         self._stub: Any = DecodeServiceStub(channel)
         self._hello = hello
         self.gaps = metrics.ITL.labels(worker.model)
@@ -184,35 +212,84 @@ class DecodeSession(Link):
         self._handles = count(1)
         self._streams: dict[int, TokenStream] = {}
         self._abandoned: set[int] = set()
+        self._last_lost = 0
+        self._locals: set[int] = set()
         self._speaker = ""
         self._outbox: deque[pb.SessionCommand] = deque()
         self._has_mail = asyncio.Event()
 
+    @property
+    def num_local_prefills(self) -> int:
+        """See Link."""
+        return len(self._locals)
+
+    @property
+    def has_suspects(self) -> bool:
+        """Whether a request runs here under which a worker died and that got no further since."""
+        return any(stream.call.losses.deaths for stream in self._streams.values())
+
     def start(self, call: Call, span: Span, tickets: Tickets) -> TokenStream:
-        """Start a request. Its tickets hear at once what became of each. Raises WorkerLost."""
+        """Start a request, or go on with one from its journal. Its tickets hear at once what became of each.
+
+        Raises Draining or WorkerLost when the worker has changed since it was chosen.
+        """
         if not self.heart.is_ready:
-            raise WorkerLost("the decode worker takes no requests any more")
-        stream = TokenStream(self, next(self._handles), tickets.settle)
+            raise (Draining if self.heart.is_up else WorkerLost)("the decode worker takes no requests any more")
+        stream = TokenStream(self, next(self._handles), call, tickets.settle)
         self._streams[stream.handle] = stream
         start = pb.Start(handle=stream.handle, context=call.context(span), call=call.http, prompts=tickets.prompts)
+        start.num_events = call.journal.num_events
+        for index, token_ids in call.journal.groups():
+            start.delivered.add(index=index, token_ids=token_ids)
         self._send(pb.SessionCommand(start=start))
-        self._count(call, tickets)
+        self._count(stream, tickets)
+        if call.losses.deaths:
+            self._inquest.watch(call)
         return stream
 
-    def _count(self, call: Call, tickets: Tickets) -> None:
+    def _count(self, stream: TokenStream, tickets: Tickets) -> None:
         self._phases["decode"].inc()
-        if call.needs_prefill and not tickets.prompts:
+        if stream.call.needs_prefill and not tickets.prompts:
             self._phases["prefill"].inc()
-            metrics.PREFILLS.labels("local").inc()
+            metrics.PREFILLS.labels("local", tickets.why_local).inc()
+            self._locals.add(stream.handle)
+
+    def begun(self, stream: TokenStream, now: float) -> None:
+        """Hear of the first data of a request from this worker."""
+        self._locals.discard(stream.handle)
+        losses = stream.call.losses
+        if losses.lost_at:
+            metrics.RESUME_SECONDS.observe(now - losses.lost_at)
+            losses.lost_at = 0.0
+        if losses.deaths:
+            self._inquest.clear(stream.call)
+
+    def failed(self, stream: TokenStream, error: InferfluxError) -> None:
+        """Hear that a request failed here; when its engine died, so did all of them."""
+        if isinstance(error, Draining):
+            self.heart.refuse()
+        if isinstance(error, WorkerLost):
+            self._streams[stream.handle] = stream
+            self._lost(is_death=True)
+        stream.fail(error)
+
+    async def recall(self, request: pb.RecallRequest) -> pb.RecallResponse:
+        """Take back what the worker knows of a request, and end it there. Raises NotFound, Unavailable."""
+        with translated_errors():
+            response: pb.RecallResponse = await self._stub.Recall(request, timeout=RECALL_S)
+            return response
 
     def close(self, stream: TokenStream) -> None:
         """End a stream; the worker is told unless it has ended it itself. Idempotent."""
-        if self._streams.pop(stream.handle, None) is not None:
+        if self.forget(stream):
             self._send(_cancel(stream.handle, "closed"))
 
-    def forget(self, stream: TokenStream) -> None:
-        """Expect nothing more for a stream that the worker has ended."""
-        self._streams.pop(stream.handle, None)
+    def forget(self, stream: TokenStream) -> bool:
+        """Expect nothing more for a stream that the worker has ended; tells whether anything was."""
+        self._locals.discard(stream.handle)
+        if stream.call.losses.deaths:
+            self._inquest.news.ring()
+        return self._streams.pop(stream.handle, None) is not None
 
     def _send(self, command: pb.SessionCommand) -> None:
         self._outbox.append(command)
@@ -249,6 +326,8 @@ class DecodeSession(Link):
     def _receive(self, batch: pb.StepBatch) -> None:
         if batch.incarnation != self._speaker and not self._is_first(batch.incarnation):
             return
+        if failpoints.ON and batch.deltas:
+            failpoints.hit("gateway.batch")
         now = monotonic()
         touched: dict[int, TokenStream] = {}
         for delta in batch.deltas:
@@ -261,6 +340,8 @@ class DecodeSession(Link):
                 except Exception as e:  # noqa: BLE001 - one request's trouble must not end the others'
                     _log.error("delta not taken", exc_info=e, extra={"worker": self.worker_id})
                     stream.fail(Internal("internal error"))
+            elif handle <= self._last_lost:
+                metrics.FENCED_WRITES.inc()
         # All of it before any of the system calls, which leave the processor's caches cold for our code.
         for stream in touched.values():
             stream.flush()
@@ -280,11 +361,24 @@ class DecodeSession(Link):
         self._speaker = incarnation
         return True
 
-    def _lost(self) -> None:
+    def _lost(self, *, is_death: bool) -> None:
         streams, self._streams = self._streams, {}
-        self._abandoned.update(streams)
+        if not streams:
+            return
+        self._last_lost = max(streams)
+        self._locals.clear()
+        self._abandon(streams)
+        if is_death:
+            self._inquest.died(self.incarnation, [stream.call for stream in streams.values()])
         for stream in streams.values():
             stream.fail(WorkerLost("the decode worker was lost"))
+
+    def _abandon(self, handles: Iterable[int]) -> None:
+        """Have the worker told to stop: now if it hears us, and when its stream is open again."""
+        self._abandoned.update(handles)
+        if self.heart.is_up:
+            for handle in handles:
+                self._send(_cancel(handle, "lost"))
 
 
 def _not_now(_: bytes) -> bool:

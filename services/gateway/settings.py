@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from inferflux.config import CommonSettings, env_name
 from services.gateway.envelope import BodyLimits
 from services.gateway.idempotency import RecordLimits
+from services.gateway.pool import Terms
+from services.gateway.routing import LocalPrefill
 
 MIB = 1 << 20
 
@@ -45,12 +47,22 @@ class Settings(CommonSettings):
     """Deadline of a request from its arrival; `x-inferflux-timeout-ms` may shorten it."""
     drain_timeout_s: float = 600.0
     """Longest that running requests may take after SIGTERM; then they end with an error."""
-    worker_dead_s: float = 10.0
-    """A worker that sends no pulse for so long is lost: its requests fail over, its stream is opened anew."""
+    sse_event_ids: bool = True
+    """Number the events of streams, so that a client that lost its connection can go on with `Last-Event-ID`."""
     idempotency_ttl_s: float = 600.0
     """How long the answer to a request with an Idempotency-Key is kept for its retries."""
     idempotency_max_bytes: int = 64 * MIB
     """Most bytes of such answers that are kept; more drops the oldest."""
+    worker_dead_s: float = 2.5
+    """A worker that sends no pulse for so long is lost: its requests move, its stream is opened anew."""
+    resume_wait_s: float = 10.0
+    """Longest that a request which lost its worker waits for another; then it ends with an error."""
+    local_prefill_max_bytes: int = 0
+    """The decode worker computes the prompts of request bodies up to this size: they are not worth the way."""
+    local_prefill_max_requests: int = 64
+    """Most prompts that one decode worker computes at a time for want of a prefill worker; more are answered 503."""
+    admission_fail_closed_on_disagg_degraded: bool = False
+    """Answer 503 for want of a prefill worker, instead of letting decode workers compute prompts."""
     access_log: bool = True
     """One line per inference request."""
 
@@ -64,6 +76,16 @@ class Settings(CommonSettings):
     def record_limits(self) -> RecordLimits:
         """The limits of kept answers."""
         return RecordLimits(self.idempotency_ttl_s, self.idempotency_max_bytes)
+
+    @property
+    def terms(self) -> Terms:
+        """How to deal with workers."""
+        local = LocalPrefill(
+            self.local_prefill_max_bytes,
+            self.local_prefill_max_requests,
+            self.admission_fail_closed_on_disagg_degraded,
+        )
+        return Terms(self.worker_dead_s, self.resume_wait_s, self.max_buffered_bytes, local, self.sse_event_ids)
 
     @property
     def body_limits(self) -> BodyLimits:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from inferflux.types import ModelFingerprint, Role, State
+from inferflux.types import ModelFingerprint, Role, State, Transport
 
 
 @dataclass(frozen=True, slots=True)
 class Worker:
-    """One registered worker. `host_id`: equal ids share memory."""
+    """One registered worker. `host_id`: equal ids share memory. `transports`: how KV blocks reach or leave it."""
 
     worker_id: str
     incarnation: str
@@ -20,6 +20,12 @@ class Worker:
     fingerprint: ModelFingerprint
     host_id: str
     max_num_seqs: int
+    transports: frozenset[str] = frozenset({Transport.SHM})
+
+    def can_read(self, owner: Worker) -> bool:
+        """Whether the two have a transport in common; shm only within a host."""
+        common = self.transports & owner.transports
+        return Transport.NIXL in common or (Transport.SHM in common and self.host_id == owner.host_id)
 
 
 @dataclass(frozen=True, slots=True)

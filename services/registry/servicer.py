@@ -115,6 +115,7 @@ def _to_worker(record: pb.WorkerRecord) -> Worker:
         engine=record.engine,
         max_model_len=record.max_model_len,
         max_num_seqs=record.max_num_seqs,
+        transports=tuple(record.transports),
     )
 
 
@@ -132,6 +133,7 @@ def _from_worker(worker: Worker) -> pb.WorkerRecord:
         engine=worker.engine,
         max_model_len=worker.max_model_len,
         max_num_seqs=worker.max_num_seqs,
+        transports=worker.transports,
     )
 
 

@@ -29,6 +29,7 @@ class Worker:
     engine: str = ""
     max_model_len: int = 0
     max_num_seqs: int = 0
+    transports: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         _require(NAME, self.worker_id, "worker_id")
@@ -46,7 +47,7 @@ class Worker:
             "state": State(fields["state"]),
             "fingerprint": ModelFingerprint(**fields["fingerprint"]),
         }
-        return cls(**(fields | typed))
+        return cls(**(fields | typed | {"transports": tuple(fields.get("transports", ()))}))
 
 
 def _require(pattern: re.Pattern[str], value: str, param: str) -> None:

@@ -18,7 +18,7 @@ from tests.support.engine_host import hosted
 
 
 @pytest.fixture(
-    scope="session", params=["sim", pytest.param("vllm", marks=[pytest.mark.vllm, pytest.mark.timeout(300)])]
+    scope="session", params=["sim", pytest.param("vllm", marks=[pytest.mark.vllm, pytest.mark.timeout(600)])]
 )
 def engines(request: pytest.FixtureRequest) -> Iterator[Engines]:
     options = EngineOptions("m", Role.PREFILL, kv_cache_bytes=96 * MIB, max_model_len=1024, max_num_seqs=8)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
@@ -16,6 +17,7 @@ import pytest
 
 from inferflux.engine.base import KvSource, Prefilled
 from inferflux.types import HttpAnswer, HttpCall
+from tests.support import claims
 from tests.support.engine_calls import (
     TOPICS,
     Engines,
@@ -223,6 +225,34 @@ async def test_a_worker_that_is_gone_is_unreachable(engines: Engines) -> None:
     async with ticketed(engines, call) as (source,):
         nowhere = replace(source, socket_path="/tmp/ifx-nobody-listens-here")
         await assert_recomputed(engines, call, nowhere, "unreachable")
+
+
+async def test_a_source_whose_claim_is_refused_is_not_read(engines: Engines) -> None:
+    call = completion()
+
+    async with ticketed(engines, call) as (source,):
+        await assert_recomputed(engines, call, replace(source, claim=claims.refused), "conflict")
+
+
+async def test_choices_whose_claim_is_refused_report_once(engines: Engines) -> None:
+    call = completion(temperature=1.2, seed=11, n=2)
+
+    async with ticketed(engines, call) as (source,):
+        await assert_recomputed(engines, call, replace(source, claim=claims.refused), "conflict")
+
+
+async def test_the_first_token_does_not_wait_for_the_claim_and_the_blocks_do(engines: Engines) -> None:
+    call = streamed(completion())
+
+    async with ticketed(engines, call) as (source,):
+        arrivals = []
+        async with aclosing(engines.decode.generate(context(), call, [replace(source, claim=claims.slow)])) as frames:
+            async for frame in frames:
+                arrivals += [time.monotonic()] * sum(len(choice.token_ids) for choice in frame.choices)
+                assert not any(report.result != "committed" for report in frame.kv)
+
+    assert len(arrivals) == 6
+    assert arrivals[1] - arrivals[0] > claims.SLOW_S / 2
 
 
 # --- calls that end early ---------------------------------------------------------------------------------------------

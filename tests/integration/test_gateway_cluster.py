@@ -15,6 +15,7 @@ import httpx
 import pytest
 
 from tests.support.cluster import Cluster, poll
+from tests.support.scrapes import ISSUED, count, inflight, is_idle
 
 CHAT = "/v1/chat/completions"
 MAX_BODY_BYTES = 1 << 20
@@ -22,7 +23,6 @@ MAX_BODY_BYTES = 1 << 20
 SLOW_CLIENT_S = 1.0
 # Of the simulated engine, at 2 ms each: many seconds, so that something can happen meanwhile.
 LONG, MEDIUM = 4000, 1500
-DECODES = (0, 1)
 FREED_S = 2.0
 PROMPT = "Tell me something that is long enough to fill some blocks. " * 10
 
@@ -51,39 +51,6 @@ def idle(cluster: Cluster) -> None:
 def chat(max_tokens: int = 8, *, stream: bool = False, **fields) -> dict:
     messages = [{"role": "user", "content": PROMPT}]
     return {"messages": messages, "max_tokens": max_tokens, "stream": stream, "temperature": 0, **fields}
-
-
-def samples(cluster: Cluster, process: str) -> list[tuple[str, float]]:
-    """Scrape a process, e.g. decode-0: names with labels, and values."""
-    role, _, number = process.partition("-")
-    lines = [line for line in cluster.metrics(role, int(number or 0)).splitlines() if line.startswith("inferflux")]
-    return [(name, float(value)) for name, _, value in (line.rpartition(" ") for line in lines)]
-
-
-def count(cluster: Cluster, process: str, *names: str) -> float:
-    """Sum up the samples of a process that start with one of these names."""
-    return sum(value for name, value in samples(cluster, process) if name.startswith(names))
-
-
-def inflight(cluster: Cluster, process: str) -> float:
-    return count(cluster, process, "inferflux_inflight")
-
-
-def is_idle(cluster: Cluster) -> bool:
-    """Whether nothing of any request is left anywhere: no work, no slot, no ticket."""
-    if any(inflight(cluster, process) for process in ("gateway", "decode-0", "decode-1")):
-        return False
-    prefill = dict(samples(cluster, "prefill"))
-    ended = sum(prefill.get(ticket_event(event), 0) for event in ("released", "expired", "revoked"))
-    busy = prefill['inferflux_inflight{role="prefill"}'] + prefill['inferflux_kv_slots{state="used"}']
-    return busy == 0 and prefill.get(ISSUED, 0) == ended
-
-
-def ticket_event(event: str) -> str:
-    return f'inferflux_tickets_total{{event="{event}"}}'
-
-
-ISSUED = ticket_event("issued")
 
 
 def contents(body: str) -> str:
@@ -403,7 +370,7 @@ def test_a_new_key_works_and_a_revoked_one_stops_within_a_second(cluster, client
 @pytest.mark.usefixtures("idle")
 def test_requests_succeed_while_the_prefill_worker_is_gone(cluster, client):
     """Decode computes the prompts; when the worker is back, tickets are used again."""
-    local = 'inferflux_prefills_total{result="local"}'
+    local = 'inferflux_prefills_total{result="local"'
     before = count(cluster, "gateway", local)
     with load(client) as statuses:
         wait_more(statuses)
@@ -416,30 +383,25 @@ def test_requests_succeed_while_the_prefill_worker_is_gone(cluster, client):
 
 
 @pytest.mark.usefixtures("idle")
-def test_a_lost_decode_worker_ends_its_streams_and_only_those(cluster, client):
-    """With an error event and no [DONE]; others go on, a whole request is taken over, new ones succeed."""
-    retries = count(cluster, "gateway", "inferflux_retries_total")
+def test_a_lost_decode_worker_ends_nothing(cluster, client):
+    """Its streams and its whole requests go on on the other one, and new ones succeed."""
+    moved = count(cluster, "gateway", "inferflux_failover_total")
     streams = Streams(client, 4, MEDIUM)
     streams.wait_begun()
     with ThreadPoolExecutor(2) as pool:
         whole = [pool.submit(client.post, CHAT, json=chat(MEDIUM)) for _ in range(2)]
-        poll(lambda: all(inflight(cluster, f"decode-{i}") == 3 for i in DECODES), 5, "the load is not shared")
+        poll(lambda: inflight(cluster, "decode-1") >= 2, 5, "the load is not shared")
         killed = cluster.kill("decode", 1)
         after = [client.post(CHAT, json=chat(stream=True)) for _ in range(5)]
-        taken_over = [result.result(30) for result in whole]
+        taken_over = [result.result(60) for result in whole]
     bodies = streams.bodies()
-    ended = [body for body in bodies if error_events(body)]
 
     assert [response.status_code for response in (*after, *taken_over)] == [200] * 7
     assert all(contents(response.text) and "[DONE]" in response.text for response in after)
     assert [response.json()["usage"]["completion_tokens"] for response in taken_over] == [MEDIUM] * 2
-    assert count(cluster, "gateway", "inferflux_retries_total") > retries
-    assert all(contents(body) and (body in ended) == ("[DONE]" not in body) for body in bodies)
-    assert len(ended) == 2
-    for body in ended:
-        [error] = error_events(body)
-        assert (error["code"], error["retryable"]) == ("worker_lost", True)
-        assert re.search(r"\n\nevent: error\ndata: [^\n]*\n\n$", body)
+    assert {contents(body) for body in bodies} == {taken_over[0].json()["choices"][0]["message"]["content"]}
+    assert not any(error_events(body) for body in bodies)
+    assert count(cluster, "gateway", "inferflux_failover_total") > moved
     cluster.wait_restarted(killed)
 
 

@@ -141,7 +141,7 @@ async def test_metrics_prove_who_computed_what():
         assert await gateway.metric('inferflux_phases_total{phase="decode",role="decode",worker="decode-0"}') >= 2
         assert await gateway.metric('inferflux_kv_transfer_bytes_total{transport="shm"}') >= 2000
         assert await gateway.metric('inferflux_kv_transfer_seconds_count{transport="shm"}') >= 2
-        assert await gateway.metric('inferflux_prefills_total{result="remote"}') >= 2
+        assert await gateway.metric('inferflux_prefills_total{result="remote"') >= 2
         assert await gateway.metric("inferflux_ttft_seconds_count") >= 1
         assert await gateway.metric("inferflux_itl_seconds_count") >= 1
         assert await gateway.metric('inferflux_tokens_total{kind="completion"') >= 4
@@ -199,7 +199,7 @@ async def test_a_failed_prefill_is_done_by_decode(kind):
 
         assert response.text == TWO_TOKENS
         assert not decode.jobs[0].start.prompts
-        assert await gateway.metric('inferflux_prefills_total{result="failed"}') >= 1
+        assert await gateway.metric('inferflux_prefills_total{result="failed"') >= 1
         assert await gateway.metric('inferflux_phases_total{phase="prefill",role="decode",worker="decode-0"}') >= 1
 
 
@@ -309,8 +309,8 @@ async def test_a_decode_worker_lost_before_the_first_byte_costs_nothing():
             responses = [await gateway.chat(stream=True) for _ in range(2)]
 
             assert [r.text for r in responses] == [TWO_TOKENS] * 2
-            assert len(decodes[0].jobs) == 1
-            assert await gateway.metric('inferflux_retries_total{reason="WORKER_LOST"}') >= 1
+            assert decodes[0].jobs
+            assert await gateway.metric('inferflux_failover_total{reason="WORKER_LOST",stage="decode"}') >= 1
             await until(lambda: not prefill.live)
 
 
@@ -352,44 +352,44 @@ async def test_a_draining_worker_that_refuses_is_not_the_last_word():
             assert first.jobs
 
 
-async def test_one_retry_is_all():
-    """When the second worker is lost as well the client learns it, with a hint to come back."""
+async def test_two_moves_are_all():
+    """When the third worker fails as well the client learns it, with a hint to come back."""
     async with fake_cluster() as cluster:
-        decodes = [await cluster.add_decode(f"decode-{n}") for n in range(3)]
+        decodes = [await cluster.add_decode(f"decode-{n}") for n in range(4)]
 
-        async def die(job):
-            next(d for d in decodes if job in d.jobs).cut()
+        async def fail(job):
+            job.emit(end=failed("ENGINE_FAILED", 500, is_retryable=True))
 
         for decode in decodes:
-            decode.script = die
+            decode.script = fail
         async with running_gateway(cluster) as gateway:
             await gateway.ready()
             await until(lambda: all(d.hellos for d in decodes))
             await asyncio.sleep(0.1)
             response = await gateway.chat()
 
-            assert response.status_code == 503
-            assert response.json()["error"]["code"] == "worker_lost"
-            assert response.headers["retry-after"] == "1"
-            assert sum(len(d.jobs) for d in decodes) == 2
+            assert response.status_code == 500
+            assert response.json()["error"]["code"] == "engine_failed"
+            assert int(response.headers["retry-after"]) >= 1
+            assert sorted(len(d.jobs) for d in decodes) == [0, 1, 1, 1]
 
 
-async def test_a_stream_that_loses_its_worker_ends_with_an_error_event():
+async def test_a_stream_that_finds_no_other_worker_ends_with_an_error_event():
     """After the first byte there is an event, and no [DONE]; what came before it was delivered."""
 
     async def die(job):
         job.emit(head=SSE_HEAD, data=b'data: {"t": 1}\n\n', kv=committed(job))
         await asyncio.sleep(0.05)
-        decode.cut()
+        cluster.kill_soon("decode-0")
 
-    async with pair() as (_, prefill, decode, gateway):
+    async with pair(resume_wait_s=0.2) as (cluster, prefill, decode, gateway):
         decode.script = die
         response = await gateway.chat(stream=True)
         error = event(response.text)
 
         assert response.status_code == 200
         assert response.text.startswith('data: {"t": 1}\n\n')
-        assert (error["code"], error["retryable"]) == ("worker_lost", True)
+        assert (error["code"], error["retryable"]) == ("no_worker", True)
         assert error["request_id"] == response.headers["x-request-id"]
         await until(lambda: not prefill.live)
 
@@ -454,9 +454,9 @@ async def test_tokens_of_a_broken_stream_are_counted():
         tokens = [decode_pb.ChoiceTokens(index=i, token_ids=[5, 6, 7]) for i in range(2)]
         job.emit(head=SSE_HEAD, data=b"data: 1\n\n", choices=tokens)
         await asyncio.sleep(0.05)
-        decode.cut()
+        cluster.kill_soon("decode-0")
 
-    async with decode_only() as (_, decode, gateway):
+    async with decode_only(resume_wait_s=0.2) as (cluster, decode, gateway):
         decode.script = die
         before = await gateway.metric('inferflux_tokens_total{kind="completion"')
         await gateway.chat(stream=True)
@@ -471,20 +471,22 @@ async def test_a_lost_worker_is_told_to_forget_and_used_again():
         job.emit(head=SSE_HEAD, data=b"data: 1\n\n")
         await asyncio.sleep(60)
 
+    async def go_on(job):
+        assert [c.why for c in decode.cancels] == ["lost"]  # before it is begun again here
+        job.emit(head=SSE_HEAD, data=b"data: 2\n\n", end=end())
+
     async with decode_only() as (_, decode, gateway):
         decode.script = hang
         request = asyncio.ensure_future(gateway.chat(stream=True))
         await until(lambda: decode.jobs)
         await asyncio.sleep(0.05)
+        decode.script = go_on
         decode.cut()
-        await request
-        await until(lambda: [c.why for c in decode.cancels] == ["lost"])
 
-        assert decode.cancels[0].handle == decode.jobs[0].start.handle
+        assert (await request).text == "data: 1\n\ndata: 2\n\n"
+        assert decode.cancels[0].handle == decode.jobs[0].start.handle != decode.jobs[1].start.handle
         assert decode.hellos[0].session_id == decode.hellos[1].session_id
-        decode.script = two_tokens
-        await gateway.ready()
-        assert (await gateway.chat(stream=True)).text == TWO_TOKENS
+        assert decode.jobs[1].start.num_events == 1
 
 
 async def test_a_silent_worker_is_given_up():
@@ -494,7 +496,7 @@ async def test_a_silent_worker_is_given_up():
         decode.is_silent = True
         await asyncio.sleep(60)
 
-    async with decode_only(worker_dead_s=0.5) as (_, decode, gateway):
+    async with decode_only(worker_dead_s=0.5, resume_wait_s=0.2) as (_, decode, gateway):
         decode.script = hang
         response = await gateway.chat()
 

@@ -8,6 +8,7 @@ import os
 import random
 import signal
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, replace
@@ -19,10 +20,11 @@ import grpc
 import pytest
 
 from inferflux.engine.reference import NumericsReference, save
-from inferflux.errors import DeadlineExceeded, Draining, InvalidRequest, PermissionDenied, Unavailable
+from inferflux.errors import Conflict, DeadlineExceeded, Draining, InvalidRequest, PermissionDenied, Unavailable
 from inferflux.rpc.client import translated_errors
-from inferflux.types import State
+from inferflux.types import SignedTicket, State
 from inferflux.v1 import decode_service_pb2 as decode_pb
+from inferflux.v1 import prefill_service_pb2 as prefill_pb
 from inferflux.v1 import registry_service_pb2 as registry_pb
 from inferflux.v1 import types_pb2
 from inferflux.v1 import worker_admin_service_pb2 as admin_pb
@@ -72,9 +74,18 @@ class Workers:
         await until(lambda: self.prefill.is_ready() and self.decode.is_ready())
         return self
 
-    async def tickets(self) -> admin_pb.ListTicketsResponse:
+    async def tickets(self, which: int = admin_pb.TICKET_FILTER_UNSPECIFIED) -> admin_pb.ListTicketsResponse:
         async with admin(self.prefill) as stub:
-            return await stub.ListTickets(admin_pb.ListTicketsRequest())
+            return await stub.ListTickets(admin_pb.ListTicketsRequest(filter=which))
+
+    @staticmethod
+    def pause(service: Service) -> None:
+        """Stop a process in its tracks, and prove it."""
+        os.kill(service.pid, signal.SIGSTOP)
+        stat = Path(f"/proc/{service.pid}/stat")
+        deadline = time.monotonic() + 5
+        while stat.read_text().rpartition(")")[2].split()[0] != "T":
+            assert time.monotonic() < deadline
 
     async def pulse(self, service: Service) -> types_pb2.Pulse:
         async with admin(service) as stub:
@@ -207,6 +218,80 @@ async def test_a_warmed_prefix_is_found_by_the_next_prefill(workers: Workers) ->
 
     assert num_tokens >= len(text) / 2
     assert first.num_free_slots == first.num_slots
+
+
+# --- prefixes ---------------------------------------------------------------------------------------------------------
+
+
+async def test_a_later_prompt_that_begins_alike_shares_blocks(workers: Workers) -> None:
+    text = prompt() * 4
+    async with SmallGateway.to(workers.prefill, workers.decode) as gateway, gateway.watching():
+        session = await gateway.session()
+        before = (await gateway.cache()).requests["hit"]
+        answers = []
+        for ending in ("and so", "but then"):
+            ctx = context()
+            prompts = await gateway.prefill(completion(text + ending), ctx)
+            answers.append(await (await session.start(completion(text + ending), prompts, ctx)).wait())
+            await gateway.release(tickets(prompts))
+        cache = await gateway.cache()
+
+    assert [answer.reports for answer in answers] == [[("committed", "")]] * 2
+    assert cache.num_kept_slots == cache.num_cached_slots >= len(text) // cache.block_size
+    assert (cache.num_pinned_slots, cache.requests["hit"] - before) == (0, 1)
+
+
+async def test_another_worker_reads_the_prefix_instead_of_computing_it(own: Workers) -> None:
+    text = prompt() * 4
+    other = own.worker("prefill-1")
+    await until(other.is_ready)
+    async with (
+        SmallGateway.to(own.prefill, own.decode) as first,
+        SmallGateway.to(other, own.decode, "session-2") as second,
+        first.watching(),
+        second.watching(),
+    ):
+        await until_peers(second, 1)
+        await first.release(tickets(await first.prefill(completion(text + "and so"))))
+        ctx = context()
+        (mine,) = await second.prefill(completion(text + "but then"), ctx)
+        cache = await second.cache()
+        session = await second.session()
+        disaggregated = await (await session.start(completion(text + "but then"), [mine], ctx)).wait()
+        alone = await (await session.start(completion(text + "but then"))).wait()
+        own.prefill.kill()
+        await until_peers(second, 0)
+        await second.release(tickets([mine]))
+
+    whole = len(text) // cache.block_size * cache.block_size
+    assert cache.tokens["peer"] >= whole
+    assert (cache.requests["hit"], mine.num_cached_tokens) == (1, cache.tokens["peer"])
+    assert disaggregated.reports == [("committed", "")]
+    assert disaggregated.token_ids == alone.token_ids
+
+
+async def until_peers(gateway: SmallGateway, num_peers: int) -> None:
+    deadline = time.monotonic() + 10
+    while (await gateway.cache()).num_peers != num_peers:
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.05)
+
+
+async def test_pinned_prefixes_stay_within_their_quota(workers: Workers) -> None:
+    async with SmallGateway.to(workers.prefill, workers.decode) as gateway:
+        num_tokens = await gateway.warm(completion(prompt()), pin="system")
+        cache = await gateway.cache()
+        with pytest.raises(Conflict, match="the limit is"):
+            await gateway.warm(completion(prompt() * 20), pin="too much")
+        with pytest.raises(InvalidRequest, match="nothing to pin"):
+            await gateway.warm(completion("short"), pin="too little")
+        was_pinned = [await gateway.unpin("system") for _ in range(2)]
+        after = await gateway.cache()
+
+    assert [(pin.name, pin.num_tokens) for pin in cache.pins] == [("system", num_tokens)]
+    assert cache.num_pinned_slots * cache.block_size == num_tokens
+    assert was_pinned == [True, False]
+    assert (len(after.pins), after.num_pinned_slots) == (0, 0)
 
 
 # --- who may ----------------------------------------------------------------------------------------------------------
@@ -392,6 +477,156 @@ async def test_a_killed_worker_leaves_no_files_in_shared_memory(own: Workers) ->
     assert Traces.now().shm <= before
 
 
+# --- claims -----------------------------------------------------------------------------------------------------------
+
+
+def ref(ticket: SignedTicket) -> prefill_pb.TicketRef:
+    payload = types_pb2.KvTicket.FromString(ticket.payload)
+    return prefill_pb.TicketRef(ticket_id=ticket.ticket_id, incarnation=payload.incarnation)
+
+
+def claim(worker_id: str, *refs: prefill_pb.TicketRef) -> prefill_pb.ClaimRequest:
+    return prefill_pb.ClaimRequest(claimant=prefill_pb.Claimant(worker_id=worker_id, incarnation="1"), tickets=refs)
+
+
+def metric(service: Service, series: str) -> float:
+    """One number of a process; 0 as long as it has none."""
+    lines = service.get("/metrics").splitlines()
+    return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(series))
+
+
+async def test_a_ticket_is_claimed_before_it_is_read_and_committed_after(workers: Workers) -> None:
+    call, ctx = completion(prompt()), context()
+    num_claimed = metric(workers.prefill, 'inferflux_tickets_total{event="claimed"}')
+    async with SmallGateway.to(workers.prefill, workers.decode) as gateway, gateway.watching():
+        prompts = await gateway.prefill(call, ctx)
+        (issued,) = (await workers.tickets(admin_pb.TICKET_FILTER_LIVE)).tickets
+        answer = await (await (await gateway.session()).start(call, prompts, ctx)).wait()
+        await until(lambda: metric(workers.prefill, 'inferflux_tickets_live{state="committed"}') == 1)
+        (committed,) = (await workers.tickets(admin_pb.TICKET_FILTER_LIVE)).tickets
+        await gateway.release(tickets(prompts))
+
+    assert answer.reports == [("committed", "")]
+    assert (issued.state, issued.claimant) == (admin_pb.TICKET_STATE_ISSUED, "")
+    assert (committed.state, committed.claimant) == (admin_pb.TICKET_STATE_COMMITTED, "decode-0")
+    assert metric(workers.prefill, 'inferflux_tickets_total{event="claimed"}') == num_claimed + 1
+    assert metric(workers.decode, 'inferflux_claim_seconds_count{result="granted"}') >= 1
+
+
+async def test_of_many_readers_one_wins_and_the_others_compute_the_prompt(workers: Workers) -> None:
+    num_conflicts = metric(workers.prefill, "inferflux_ticket_conflict_total")
+    async with (
+        SmallGateway.to(workers.prefill, workers.decode) as gateway,
+        gateway.watching(),
+        workers.prefill.channel("decode") as channel,
+    ):
+        stub = PrefillServiceStub(channel)
+        calls, contexts = [completion(prompt()) for _ in range(4)], [context() for _ in range(4)]
+        prompts = [await gateway.prefill(call, ctx) for call, ctx in zip(calls, contexts, strict=True)]
+        refs = [ref(ticket) for prompt in prompts for ticket in tickets(prompt)]
+
+        responses = await asyncio.gather(*(stub.Claim(claim(f"racer-{i}", *refs)) for i in range(64)))
+        session = await gateway.session()
+        loser = await (await session.start(calls[0], prompts[0], contexts[0])).wait()
+        alone = await (await session.start(calls[0])).wait()
+        await gateway.release([ticket for prompt in prompts for ticket in tickets(prompt)])
+
+    by_ticket = zip(*(response.verdicts for response in responses), strict=True)
+    wanted = {prefill_pb.CLAIM_VERDICT_GRANTED: 1, prefill_pb.CLAIM_VERDICT_CONFLICT: 63}
+    assert [Counter(verdicts) for verdicts in by_ticket] == [wanted] * 4
+    assert loser.reports == [("recomputed", "conflict")]
+    assert loser.token_ids == alone.token_ids
+    assert metric(workers.prefill, "inferflux_ticket_conflict_total") == num_conflicts + 4 * 63 + 1
+    assert metric(workers.decode, 'inferflux_kv_rejected_total{reason="conflict"}') >= 1
+
+
+async def test_claims_of_other_starts_are_stale_and_of_nobody_invalid(workers: Workers) -> None:
+    async with workers.prefill.channel("decode") as channel:
+        stub = PrefillServiceStub(channel)
+        other = prefill_pb.TicketRef(ticket_id="t", incarnation="0")
+        gone = prefill_pb.TicketRef(ticket_id="t", incarnation=(await workers.pulse(workers.prefill)).incarnation)
+
+        response = await stub.Claim(claim("decode-9", other, gone))
+        with pytest.raises(InvalidRequest, match="claimant"), translated_errors():
+            await stub.Claim(claim("", other))
+
+    assert list(response.verdicts) == [prefill_pb.CLAIM_VERDICT_STALE, prefill_pb.CLAIM_VERDICT_EXPIRED]
+    assert response.incarnation == gone.incarnation
+
+
+@pytest.mark.parametrize("role", ["gateway", "operator", "prefill"])
+async def test_only_decode_workers_may_claim(workers: Workers, role: str) -> None:
+    async with workers.prefill.channel(role) as channel:
+        stub = PrefillServiceStub(channel)
+        for method, request in ((stub.Claim, claim("x")), (stub.Commit, prefill_pb.CommitRequest())):
+            with pytest.raises(PermissionDenied), translated_errors():
+                await method(request)
+
+
+async def test_an_owner_that_hangs_delays_nobody_for_long(own: Workers) -> None:
+    """Its memory is mapped already, so it is read without a claim; when it wakes up, nothing has changed."""
+    calls, contexts = [completion(prompt()) for _ in range(2)], [context() for _ in range(2)]
+    async with SmallGateway.to(own.prefill, own.decode) as gateway, gateway.watching():
+        session = await gateway.session()
+        prompts = [await gateway.prefill(call, ctx) for call, ctx in zip(calls, contexts, strict=True)]
+        await (await session.start(calls[0], prompts[0], contexts[0])).wait()
+        own.pause(own.prefill)
+
+        began_at = time.monotonic()
+        answer = await session.start(calls[1], prompts[1], contexts[1])
+        await until(lambda: bool(answer.token_ids))
+        ttft_s = time.monotonic() - began_at
+        await answer.wait()
+        os.kill(own.prefill.pid, signal.SIGCONT)
+        alone = await (await session.start(calls[1])).wait()
+        await gateway.release([ticket for prompt in prompts for ticket in tickets(prompt)])
+        await own.until_clean()
+
+    assert answer.reports == [("committed", "")]
+    assert answer.token_ids == alone.token_ids
+    assert metric(own.decode, "inferflux_ticket_orphan_total") == 1
+    assert ttft_s < 1
+
+
+async def test_blocks_of_an_owner_that_died_are_read_without_a_claim(own: Workers) -> None:
+    """Its sealed memory is mapped already and outlives it: no second prefill."""
+    calls, contexts = [completion(prompt()) for _ in range(2)], [context() for _ in range(2)]
+    async with SmallGateway.to(own.prefill, own.decode) as gateway:
+        session = await gateway.session()
+        prompts = [await gateway.prefill(call, ctx) for call, ctx in zip(calls, contexts, strict=True)]
+        await (await session.start(calls[0], prompts[0], contexts[0])).wait()
+
+        own.prefill.kill()
+        answer = await (await session.start(calls[1], prompts[1], contexts[1])).wait()
+        alone = await (await session.start(calls[1])).wait()
+
+    assert answer.reports == [("committed", "")]
+    assert answer.token_ids == alone.token_ids
+    assert metric(own.decode, "inferflux_ticket_orphan_total") == 1
+
+
+async def test_a_ticket_claimed_for_a_gateway_that_is_lost_ends_with_its_session(workers: Workers) -> None:
+    before = await workers.tickets()
+    async with (
+        SmallGateway.to(workers.prefill, workers.decode, "lost-claim") as gateway,
+        workers.prefill.channel("decode") as channel,
+    ):
+        async with gateway.watching():
+            (ticket,) = tickets(await gateway.prefill(completion(prompt())))
+            await PrefillServiceStub(channel).Claim(claim("decode-9", ref(ticket)))
+
+        await workers.until_clean()
+        response = await PrefillServiceStub(channel).Claim(claim("decode-9", ref(ticket)))
+    after = await workers.tickets()
+
+    assert list(response.verdicts) == [prefill_pb.CLAIM_VERDICT_EXPIRED]
+    assert after.num_expired == before.num_expired + 1
+    assert (after.tickets[0].ticket_id, after.tickets[0].state) == (ticket.ticket_id, admin_pb.TICKET_STATE_EXPIRED)
+    assert after.num_issued == after.num_released + after.num_expired + after.num_revoked + after.num_live
+    assert (after.num_live, after.num_leaked, after.num_leaked_slots) == (0, 0, 0)
+    assert metric(workers.prefill, 'inferflux_ticket_expired_total{cause="session"}') >= 1
+
+
 # --- draining ---------------------------------------------------------------------------------------------------------
 
 
@@ -444,6 +679,33 @@ async def test_a_drain_is_over_when_its_budget_is(own: Workers) -> None:
     assert own.decode.wait() == 0
 
 
+async def test_a_later_drain_may_shorten_the_budget_of_the_first(own: Workers) -> None:
+    async with SmallGateway.to(own.prefill, own.decode) as gateway:
+        session = await gateway.session()
+        running = await session.start(completion(prompt(), max_tokens=7000))
+        await until(lambda: len(running.token_ids) > 2)
+
+        responses = []
+        async with admin(own.decode) as stub:
+            for budget_s in (30, 60, 0):
+                request = admin_pb.DrainRequest()
+                request.budget.FromSeconds(budget_s)
+                responses.append(await stub.Drain(request))
+
+        await running.wait()
+        assert running.end.error.reason == "DRAINING"
+    assert [30 - response.time_left.ToSeconds() in range(3) for response in responses] == [True, True, False]
+    assert own.decode.wait() == 0
+
+
+async def test_a_drain_with_a_negative_budget_is_refused(workers: Workers) -> None:
+    request = admin_pb.DrainRequest()
+    request.budget.FromSeconds(-1)
+    async with admin(workers.decode) as stub:
+        with pytest.raises(InvalidRequest, match="budget"), translated_errors():
+            await stub.Drain(request)
+
+
 # --- health -----------------------------------------------------------------------------------------------------------
 
 
@@ -458,7 +720,7 @@ async def test_a_worker_whose_engine_makes_no_steps_is_not_ready_and_then_exits(
 
         await until(lambda: not worker.readiness().get("ready", True))
         assert (worker.readiness()["state"], "no step" in worker.readiness()["reason"]) == ("ready", True)
-        await until(lambda: session.pulse.state is State.DRAINING)
+        await until(lambda: session.pulse.state is State.FAILED)
         assert answer.end is None
 
         await answer.wait()
@@ -555,7 +817,7 @@ async def test_the_registry_hears_that_an_engine_is_wedged(workers: Workers) -> 
     async with registered(workers, "decode-9", sim_profile=str(profile), wedge_s="3") as (_, worker, watcher):
         async with SmallGateway.to(workers.prefill, worker) as gateway:
             await (await gateway.session()).start(completion(prompt()))
-            await watcher.until(lambda s: state_of(s) == types_pb2.WORKER_STATE_DRAINING)
+            await watcher.until(lambda s: state_of(s) == types_pb2.WORKER_STATE_FAILED)
         worker.kill()
 
 

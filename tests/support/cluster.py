@@ -29,6 +29,7 @@ from typing import Any, Self, TypeVar
 
 from inferflux.cli import control
 from inferflux.cli.pdeathsig import die_with_parent
+from inferflux.cli.plan import ClusterOptions
 from inferflux.paths import Home
 
 INFERCTL = str(Path(sys.executable).parent / "inferctl")
@@ -48,6 +49,7 @@ class Cluster:
     api_key: str
     model: str
     inferctl_process: subprocess.Popen[str]
+    urls: tuple[str, ...] = ()
 
     @classmethod
     def start(
@@ -56,6 +58,7 @@ class Cluster:
         engine: str = "sim",
         prefill: int = 1,
         decode: int = 1,
+        gateways: int = 1,
         model: str | None = None,
         options: Sequence[str] = (),
         env: Mapping[str, str] | None = None,
@@ -64,6 +67,7 @@ class Cluster:
         """Start a cluster and wait until all is ready. `env`: more environment for all its processes."""
         home = home or new_home()
         arguments = ["--engine", engine, "--prefill", str(prefill), "--decode", str(decode), "--port", "0"]
+        arguments += ["--gateways", str(gateways)]
         arguments += ["--model", model] if model else []
         process = launch(home, ["quickstart", *arguments, *options, "-o", "json"], env)
         try:
@@ -72,7 +76,8 @@ class Cluster:
             process.terminate()
             process.communicate(timeout=STOP_S)
             raise
-        return cls(home, started["url"], started["api_key"] or "", started["options"]["model"], process)
+        options_used = ClusterOptions.from_json(started["options"])
+        return cls(home, started["url"], started["api_key"] or "", options_used.model, process, options_used.urls)
 
     @property
     def headers(self) -> dict[str, str]:

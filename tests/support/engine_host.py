@@ -25,14 +25,16 @@ from inferflux.cli.pdeathsig import die_with_parent
 from inferflux.engine import create
 from inferflux.engine.base import ComputedPrompt, Engine, EngineInfo, EngineLoad, KvSource, Prefilled
 from inferflux.engine.options import EngineOptions
+from inferflux.engine.sim import SimEngine
 from inferflux.kv.arena import Arena
+from inferflux.kv.prefixes import Place, PrefixStore
 from inferflux.kv.shm import ArenaServer
 from inferflux.types import Delivered, Frame, HttpAnswer, HttpCall, RequestContext, Role
 
 REPOSITORY = Path(__file__).parents[2]
 INCARNATION = "incarnation-1"
 ARENA_BYTES = 96 << 20
-START_S = 180.0
+START_S = 400.0
 DONE = "done"
 
 
@@ -42,10 +44,11 @@ DONE = "done"
 class Host:
     """Answers calls of the test run."""
 
-    def __init__(self, engine: Engine, info: EngineInfo, arena: Arena | None) -> None:
+    def __init__(self, engine: Engine, info: EngineInfo, arena: Arena | None, prefixes: PrefixStore | None) -> None:
         self._engine = engine
         self._info = info
         self._arena = arena
+        self._prefixes = prefixes
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Serve one connection; its end cancels the call."""
@@ -77,27 +80,46 @@ class Host:
         return self._engine.load()
 
     async def prefill(self, context: RequestContext, call: HttpCall) -> Prefilled | HttpAnswer:
-        return await self._engine.prefill(context, call)
+        """Compute; what is published is held, as a ticket would, until `free`."""
+        result = await self._engine.prefill(context, call)
+        if isinstance(result, Prefilled) and self._prefixes is not None:
+            for prompt in result.prompts:
+                if prompt.kv is not None:
+                    self._prefixes.adopt(prompt.kv.slots, prompt.kv.block_hashes, prompt.kv.num_shared)
+        return result
 
     async def check_numerics(self) -> None:
         await self._engine.check_numerics()
 
     async def slots(self) -> tuple[int, int]:
-        return self._own_arena.num_free, self._own_arena.num_slots
+        return self._own_arena.num_free + self._own_prefixes.num_kept, self._own_arena.num_slots
 
     async def generations(self, slots: Sequence[int]) -> tuple[int, ...]:
         return self._own_arena.generations(slots)
 
     async def free(self, slots: Sequence[int]) -> None:
-        self._own_arena.free(slots)
+        self._own_prefixes.release(slots)
 
     async def corrupt(self, slot: int, at: int) -> None:
         self._own_arena.slot(slot)[at] ^= 1
+
+    async def lose_cache(self) -> None:
+        """Empty the engine's own prefix cache, as other requests would in time."""
+        if isinstance(self._engine, SimEngine):
+            pool = self._engine._pool
+            pool.drop(pool.take(pool.num_free))
+        else:
+            await self._engine._llm.reset_prefix_cache()  # type: ignore[attr-defined]
 
     @property
     def _own_arena(self) -> Arena:
         assert self._arena is not None
         return self._arena
+
+    @property
+    def _own_prefixes(self) -> PrefixStore:
+        assert self._prefixes is not None
+        return self._prefixes
 
 
 async def host(config: dict[str, Any]) -> None:
@@ -106,13 +128,14 @@ async def host(config: dict[str, Any]) -> None:
         **{**config["options"], **_paths(config["options"]), "role": Role(config["options"]["role"])}
     )
     arena = Arena.create(ARENA_BYTES) if options.role is Role.PREFILL else None
-    engine = create(config["engine"], options, arena)
+    prefixes = PrefixStore(arena, Place(config["arena"], INCARNATION)) if arena is not None else None
+    engine = create(config["engine"], options, arena, prefixes)
     try:
         info = await engine.start()
         if arena is not None:
             arena.seal()
             await ArenaServer(arena, config["arena"], INCARNATION).start()
-        await asyncio.start_unix_server(Host(engine, info, arena).serve, config["socket"])
+        await asyncio.start_unix_server(Host(engine, info, arena, prefixes).serve, config["socket"])
         await asyncio.get_running_loop().run_in_executor(None, sys.stdin.read)
     finally:
         await engine.close()
@@ -178,6 +201,10 @@ class HostedEngine:
 
     async def free(self, slots: Sequence[int]) -> None:
         await self._one("free", slots)
+
+    async def lose_cache(self) -> None:
+        """Empty the engine's own prefix cache, not the arena."""
+        await self._one("lose_cache")
 
     async def prefill(self, context: RequestContext, call: HttpCall) -> Prefilled | HttpAnswer:
         return await self._one("prefill", context, call)

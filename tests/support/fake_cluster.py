@@ -166,6 +166,7 @@ class FakeWorker:
             fingerprint=FINGERPRINT,
             host_id="here",
             max_num_seqs=8,
+            transports=("shm",),
         )
 
 
@@ -350,6 +351,7 @@ class FakeCluster:
         self.registry = FakeRegistry()
         self._servers: dict[str, RpcServer] = {}
         self._names = itertools.count()
+        self._kills: list[asyncio.Future[None]] = []
 
     @property
     def policy_address(self) -> str:
@@ -389,8 +391,12 @@ class FakeCluster:
         """Stop a service at once, without a word to the registry."""
         await self._servers.pop(name).stop(0)
 
+    def kill_soon(self, name: str) -> None:
+        """Stop a service from within: a server that is stopped by one of its own handlers takes the process with it."""
+        self._kills.append(asyncio.ensure_future(self.kill(name)))
+
     async def close(self) -> None:
-        await asyncio.gather(*(server.stop(0) for server in self._servers.values()))
+        await asyncio.gather(*self._kills, *(server.stop(0) for server in self._servers.values()))
 
     def _address(self, worker: FakeWorker) -> str:
         worker.address = worker.address or f"unix:{self.root}/w{next(self._names)}.sock"
@@ -429,7 +435,8 @@ class FakeClient:
 
 @asynccontextmanager
 async def running_gateway(cluster: FakeCluster, **settings: Any) -> AsyncIterator[FakeClient]:
-    """Run a gateway until the block ends."""
+    """Run a gateway until the block ends. Events have no ids unless asked for: bytes are compared."""
+    settings.setdefault("sse_event_ids", False)
     config = Settings(
         home=cluster.root,
         policy_address=cluster.policy_address,

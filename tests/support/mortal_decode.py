@@ -9,7 +9,6 @@ from typing import Any
 
 from inferflux.engine.options import EngineOptions
 from inferflux.engine.sim import SimEngine
-from inferflux.kv.arena import Arena
 from inferflux.types import Frame, RequestContext
 from inferflux.worker import main as worker
 from services.decode import __main__ as decode
@@ -29,9 +28,9 @@ class MortalEngine(SimEngine):
         await super().close()
 
 
-def create(name: str, options: EngineOptions, arena: Arena | None) -> MortalEngine:
+def create(name: str, options: EngineOptions, *_: Any) -> MortalEngine:
     """Stand in for `inferflux.engine.create`."""
-    return MortalEngine(options, arena)
+    return MortalEngine(options, None)
 
 
 if __name__ == "__main__":

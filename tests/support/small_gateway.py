@@ -176,12 +176,20 @@ class SmallGateway:
             response = await self.call_prefill(call, ctx or context())
         return tuple(map(PrefilledPrompt.from_proto, response.prefilled.prompts))
 
-    async def warm(self, call: HttpCall) -> int:
+    async def warm(self, call: HttpCall, pin: str = "") -> int:
         with translated_errors():
             response = await self._prefill.Warm(
-                prefill_pb.WarmRequest(context=context().to_proto(), call=call.to_proto())
+                prefill_pb.WarmRequest(context=context().to_proto(), call=call.to_proto(), pin=pin)
             )
         return response.num_tokens
+
+    async def unpin(self, name: str) -> bool:
+        with translated_errors():
+            return (await self._prefill.Unpin(prefill_pb.UnpinRequest(name=name))).was_pinned
+
+    async def cache(self) -> prefill_pb.GetCacheResponse:
+        with translated_errors():
+            return await self._prefill.GetCache(prefill_pb.GetCacheRequest())
 
     async def release(self, tickets: Sequence[SignedTicket] = (), request_ids: Sequence[str] = ()) -> int:
         ids = [ticket.ticket_id for ticket in tickets]

@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from inferflux.errors import ArenaFull, ConfigError, KvStale, KvUnreachable
-from inferflux.kv.arena import PAGE, TABLE, Arena, ArenaReader, Layout
+from inferflux.kv.arena import PAGE, TABLE, VERSION, Arena, ArenaReader, Layout
 from inferflux.kv.digests import block_digest
 from tests.support.children import forked
 
@@ -424,7 +424,7 @@ def test_something_else_is_not_read() -> None:
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("version", 2), ("slot_bytes", 2**40), ("slot_bytes", 0), ("num_slots", 10**9)]
+    ("field", "value"), [("version", VERSION + 1), ("slot_bytes", 2**40), ("slot_bytes", 0), ("num_slots", 10**9)]
 )
 def test_a_header_that_lies_is_refused(arena: Arena, field: str, value: int) -> None:
     """The size that counts is the kernel's, not the header's."""

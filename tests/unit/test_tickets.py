@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import secrets
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from dataclasses import replace
 
@@ -14,11 +14,11 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invaria
 from inferflux.clock import ManualClock
 from inferflux.engine.base import ComputedPrompt, PublishedKv
 from inferflux.errors import (
-    Conflict,
     InferfluxError,
+    KvError,
     KvIncompatible,
     KvStale,
-    KvUnreachable,
+    TicketConflict,
     TicketExpired,
     TicketForeign,
     TicketInvalid,
@@ -26,12 +26,17 @@ from inferflux.errors import (
 from inferflux.kv.arena import PAGE, Arena
 from inferflux.kv.digests import block_digest, prompt_digest
 from inferflux.tickets import (
+    CONFLICT,
+    LEAK_AGE_S,
+    MAX_ENDED,
     MAX_LEASE_S,
     ORPHAN_AGE_S,
     ORPHANED,
+    Claimant,
     Issuer,
     KvTicket,
     TicketBook,
+    TicketEvent,
     TicketState,
     check,
     sign,
@@ -62,13 +67,14 @@ TICKET = KvTicket(
     socket_path="/run/kv.sock",
     host_id="host-0",
     lease_s=42.5,
+    address="unix:/run/prefill-0.sock",
 )
+READER_0, READER_1 = Claimant("decode-0", "one"), Claimant("decode-1", "one")
 READER = {
     "request_id": "req-1",
     "tenant": "acme",
     "prompt_digest": TICKET.prompt_digest,
     "fingerprint": FINGERPRINT,
-    "host_id": "host-0",
 }
 
 
@@ -90,7 +96,13 @@ def events() -> Counter[str]:
 
 @pytest.fixture
 def book(arena: Arena, clock: ManualClock, events: Counter[str]) -> TicketBook:
-    return TicketBook(arena, clock, ISSUER, lambda event, n: events.update({event: n}))
+    """A book whose events are counted by name, and by name and reason."""
+
+    def count(event: TicketEvent) -> None:
+        n = len(event.ages_s)
+        events.update(dict.fromkeys({str(event.name), f"{event.name} {event.why}".rstrip()}, n))
+
+    return TicketBook(arena, clock, ISSUER, count)
 
 
 def make_arena() -> Arena:
@@ -193,7 +205,7 @@ def test_a_short_key_is_refused() -> None:
 
 
 def test_the_right_reader_may_use_a_ticket() -> None:
-    """The one request of the one tenant on a worker with the same model on the same host."""
+    """The one request of the one tenant on a worker with the same model."""
     check(TICKET, **READER)
 
 
@@ -208,11 +220,10 @@ def test_the_right_reader_may_use_a_ticket() -> None:
         ("fingerprint", replace(FINGERPRINT, layout="sim/2"), KvIncompatible),
         ("fingerprint", replace(FINGERPRINT, block_size=32), KvIncompatible),
         ("fingerprint", replace(FINGERPRINT, tensor_parallel=2), KvIncompatible),
-        ("host_id", "host-1", KvUnreachable),
     ],
 )
 def test_a_captured_ticket_is_useless_elsewhere(field: str, value: object, error: type[InferfluxError]) -> None:
-    """Another tenant, request, prompt, model, layout or host: refused before anything is read."""
+    """Another tenant, request, prompt, model or layout: refused before anything is read."""
     with pytest.raises(error):
         check(TICKET, **{**READER, field: value})
 
@@ -223,6 +234,7 @@ def test_a_source_says_what_the_ticket_says() -> None:
 
     assert (source.slots, source.generations, source.digests) == (TICKET.slots, TICKET.generations, TICKET.digests)
     assert (source.incarnation, source.socket_path, source.first_token_ids) == ("one", "/run/kv.sock", (5,))
+    assert (source.worker_id, source.host_id, source.address) == (TICKET.worker_id, "host-0", TICKET.address)
 
 
 # -- the book -------------------------------------------------------------------------------------------------------
@@ -319,10 +331,12 @@ def test_events_are_told_with_their_number(
     compute(arena, clock)
     clock.advance(ORPHAN_AGE_S + 1)
     book.sweep()
-    book.claim(a.ticket_id, "decode-0")
-    book.release([a.ticket_id, b.ticket_id], "committed")
+    book.claim(a.ticket_id, READER_0, "one")
+    book.release([a.ticket_id], "committed")
+    book.release([b.ticket_id], "because")
 
-    assert events == {"issued": 2, "claimed": 1, "committed": 2, "released": 2, ORPHANED: 3}
+    numbers = {"issued": 2, "claimed": 1, "committed": 1, "released": 2, ORPHANED: 3}
+    assert events == numbers | {"released committed": 1, "released other": 1}
 
 
 def test_a_prompt_without_blocks_has_no_ticket(book: TicketBook) -> None:
@@ -347,44 +361,84 @@ def test_slots_have_one_owner(book: TicketBook, arena: Arena, clock: ManualClock
 # -- claims ---------------------------------------------------------------------------------------------------------
 
 
-def test_one_of_many_claimants_wins(book: TicketBook, arena: Arena, clock: ManualClock) -> None:
-    """Losers hear of a conflict and compute the prompt themselves."""
-    signed = book.issue(context(), "session-0", compute(arena, clock))
-    results: Counter[str] = Counter()
+def test_one_of_many_claimants_wins(arena: Arena, clock: ManualClock, book: TicketBook, events: Counter[str]) -> None:
+    """64 racers for each of 1,000 tickets: losers hear of a conflict and compute the prompt themselves."""
+    racers = [Claimant(f"decode-{i}", "one") for i in range(64)]
+    winners: Counter[str] = Counter()
 
-    for i in range(64):
-        try:
-            book.claim(signed.ticket_id, f"decode-{i}")
-            results["won"] += 1
-        except Conflict:
-            results["lost"] += 1
+    for i in range(1000):
+        signed = book.issue(context(), "session-0", compute(arena, clock, 1))
+        order = racers[i % 64 :] + racers[: i % 64]
+        won = [racer.worker_id for racer in order if is_granted(book, signed, racer)]
+        assert len(won) == 1
+        winners.update(won)
+        book.release([signed.ticket_id], "committed")
 
-    assert results == {"won": 1, "lost": 63}
+    assert winners.total() == 1000
+    assert events[f"{CONFLICT} claimed"] == 63 * 1000
+    assert events["claimed"] == events["committed"] == events["released committed"] == 1000
+
+
+def is_granted(book: TicketBook, signed: SignedTicket, claimant: Claimant) -> bool:
+    try:
+        book.claim(signed.ticket_id, claimant, "one")
+    except TicketConflict:
+        return False
+    return True
 
 
 def test_a_claim_is_repeatable_until_it_is_committed(book: TicketBook, arena: Arena, clock: ManualClock) -> None:
     """A lost answer may be asked for again; a replay after the end of reading may not."""
     signed = book.issue(context(), "session-0", compute(arena, clock))
-    book.claim(signed.ticket_id, "decode-0")
-    book.claim(signed.ticket_id, "decode-0")
-    with pytest.raises(Conflict):
-        book.commit(signed.ticket_id, "decode-1")
-    book.commit(signed.ticket_id, "decode-0")
-    book.commit(signed.ticket_id, "decode-0")
+    book.claim(signed.ticket_id, READER_0, "one")
+    book.claim(signed.ticket_id, READER_0, "one")
+    with pytest.raises(TicketConflict):
+        book.commit(signed.ticket_id, READER_1, "one")
+    book.commit(signed.ticket_id, READER_0, "one")
+    book.commit(signed.ticket_id, READER_0, "one")
 
-    for claimant in ("decode-0", "decode-1"):
-        with pytest.raises(Conflict):
-            book.claim(signed.ticket_id, claimant)
-    assert book.list()[0].state == TicketState.COMMITTED
+    for claimant in (READER_0, READER_1):
+        with pytest.raises(TicketConflict):
+            book.claim(signed.ticket_id, claimant, "one")
+    assert (book.list()[0].state, book.list()[0].claimant) == (TicketState.COMMITTED, "decode-0")
 
 
-def test_nothing_is_committed_without_a_claim(book: TicketBook, arena: Arena, clock: ManualClock) -> None:
-    """Not even by nobody."""
+def test_a_reader_that_was_started_anew_takes_over(book: TicketBook, arena: Arena, clock: ManualClock) -> None:
+    """Its earlier start is gone; should it wake up, what it says changes nothing."""
+    signed = book.issue(context(), "session-0", compute(arena, clock))
+    later = replace(READER_0, incarnation="two")
+    book.claim(signed.ticket_id, READER_0, "one")
+    book.claim(signed.ticket_id, later, "one")
+
+    with pytest.raises(TicketConflict):
+        book.claim(signed.ticket_id, READER_0, "one")
+    with pytest.raises(TicketConflict):
+        book.commit(signed.ticket_id, READER_0, "one")
+    book.commit(signed.ticket_id, later, "one")
+
+
+def test_nothing_is_committed_without_a_claim(
+    book: TicketBook, arena: Arena, clock: ManualClock, events: Counter[str]
+) -> None:
+    """Whoever says so."""
     signed = book.issue(context(), "session-0", compute(arena, clock))
 
-    for claimant in ("decode-0", ""):
-        with pytest.raises(Conflict):
-            book.commit(signed.ticket_id, claimant)
+    with pytest.raises(TicketConflict):
+        book.commit(signed.ticket_id, READER_0, "one")
+    assert (events[f"{CONFLICT} issued"], events["committed"]) == (1, 0)
+
+
+@pytest.mark.parametrize("incarnation", ["", "zero", "two"])
+def test_another_start_of_the_owner_grants_nothing(
+    book: TicketBook, arena: Arena, clock: ManualClock, events: Counter[str], incarnation: str
+) -> None:
+    """Ticket ids do not carry over; a worker does not speak for the one before it, nor for the one after."""
+    signed = book.issue(context(), "session-0", compute(arena, clock))
+
+    for act in (book.claim, book.commit):
+        with pytest.raises(KvStale):
+            act(signed.ticket_id, READER_0, incarnation)
+    assert (events[f"{CONFLICT} stale"], book.list()[0].state) == (2, TicketState.ISSUED)
 
 
 def test_a_ticket_that_is_over_cannot_be_claimed(book: TicketBook, arena: Arena, clock: ManualClock) -> None:
@@ -394,7 +448,71 @@ def test_a_ticket_that_is_over_cannot_be_claimed(book: TicketBook, arena: Arena,
 
     for ticket_id in (signed.ticket_id, "unknown"):
         with pytest.raises(TicketExpired):
-            book.claim(ticket_id, "decode-0")
+            book.claim(ticket_id, READER_0, "one")
+
+
+@pytest.mark.parametrize("is_committed", [False, True])
+def test_a_claim_does_not_outlive_its_gateways_session(
+    book: TicketBook, arena: Arena, clock: ManualClock, events: Counter[str], is_committed: bool
+) -> None:
+    """Whoever reads then finds other generations, and its commit is refused."""
+    signed = book.issue(context(), "session-0", compute(arena, clock))
+    ticket = book.claim(signed.ticket_id, READER_0, "one")
+    if is_committed:
+        book.commit(signed.ticket_id, READER_0, "one")
+
+    assert book.expire_session("session-0") == 1
+
+    assert arena.num_free == NUM_SLOTS
+    assert arena.generations(ticket.slots) != ticket.generations
+    assert events["expired session"] == 1
+    with pytest.raises(TicketExpired):
+        book.commit(signed.ticket_id, READER_0, "one")
+
+
+def test_a_release_does_not_wait_for_the_reader(book: TicketBook, arena: Arena, clock: ManualClock) -> None:
+    """A reader that died must not hold memory; one that lives finds that the slots are not the ticket's any more."""
+    signed = book.issue(context(), "session-0", compute(arena, clock))
+    ticket = book.claim(signed.ticket_id, READER_0, "one")
+
+    assert book.release([signed.ticket_id], "cancelled") == 1
+
+    assert arena.num_free == NUM_SLOTS
+    assert arena.generations(ticket.slots) != ticket.generations
+
+
+# -- what operators see ---------------------------------------------------------------------------------------------
+
+
+def test_tickets_that_ended_are_remembered_for_a_while(book: TicketBook, arena: Arena, clock: ManualClock) -> None:
+    """Newest first, with how they ended and how old they became."""
+    first, second = (book.issue(context(), "session-0", compute(arena, clock)) for _ in range(2))
+    book.claim(first.ticket_id, READER_0, "one")
+    clock.advance(2)
+    book.release([first.ticket_id])
+    book.revoke([second.ticket_id])
+
+    newest, oldest = book.ended()
+
+    assert (newest.ticket_id, newest.state, newest.claimant) == (second.ticket_id, TicketState.REVOKED, "")
+    assert (oldest.ticket_id, oldest.state, oldest.claimant) == (first.ticket_id, TicketState.RELEASED, "decode-0")
+    assert oldest.age_s == 2
+    for _ in range(MAX_ENDED):
+        book.release([book.issue(context(), "s", compute(arena, clock)).ticket_id])
+    assert len(book.ended()) == MAX_ENDED
+
+
+def test_slots_that_no_sweep_frees_have_leaked(book: TicketBook, arena: Arena, clock: ManualClock) -> None:
+    """As long as the sweeper has had no chance, they are only late."""
+    compute(arena, clock)
+    clock.advance(ORPHAN_AGE_S + LEAK_AGE_S)
+    assert book.num_leaked_slots() == 0
+    clock.advance(0.1)
+    assert book.num_leaked_slots() == 3
+
+    book.sweep()
+
+    assert book.num_leaked_slots() == 0
 
 
 # -- orphans --------------------------------------------------------------------------------------------------------
@@ -457,6 +575,17 @@ class Prefill:
         self.prompt: ComputedPrompt | None = None
 
 
+CLAIMANTS = st.builds(Claimant, st.sampled_from(["x", "y"]), st.sampled_from("12"))
+
+
+def verdict(action: Callable[[], object]) -> str:
+    try:
+        action()
+    except KvError as e:
+        return e.kv_reason
+    return ""
+
+
 class TicketLife(RuleBasedStateMachine):
     """Real book on a real arena under any order of prefills, cancels, claims, releases, leases and sweeps.
 
@@ -475,6 +604,8 @@ class TicketLife(RuleBasedStateMachine):
         self.on_the_way: set[int] = set()
         self.lost: set[int] = set()
         self.live: dict[str, tuple[KvTicket, float]] = {}
+        self.claimants: dict[str, Claimant] = {}
+        self.committed: set[str] = set()
         self.num_issued = 0
         self.running: list[Prefill] = []
 
@@ -535,17 +666,34 @@ class TicketLife(RuleBasedStateMachine):
         self.on_the_way.difference_update(prefill.slots)
         self.at_engine.difference_update(prefill.slots)
 
-    @rule(ticket=tickets, claimant=st.sampled_from("xy"))
-    def claim_and_commit(self, ticket: str, claimant: str) -> None:
-        is_over = ticket not in self.live or self._expires_at(ticket) <= self.clock.monotonic()
-        try:
-            self.book.claim(ticket, claimant)
-            self.book.commit(ticket, claimant)
-            assert not is_over
-        except TicketExpired:
-            assert is_over
-        except Conflict:
-            assert not is_over
+    @rule(ticket=tickets, claimant=CLAIMANTS, incarnation=st.sampled_from(["one", "one", "one", "zero"]))
+    def claim(self, ticket: str, claimant: Claimant, incarnation: str) -> None:
+        """One reader wins; a later start of the same reader may take over, until the ticket was read."""
+        holder = self.claimants.get(ticket)
+        is_free = holder is None or (
+            claimant.worker_id == holder.worker_id and claimant.incarnation >= holder.incarnation
+        )
+        wanted = self._verdict(ticket, incarnation, is_fine=is_free and ticket not in self.committed)
+
+        assert verdict(lambda: self.book.claim(ticket, claimant, incarnation)) == wanted
+        if wanted == "":
+            self.claimants[ticket] = claimant
+
+    @rule(ticket=tickets, claimant=CLAIMANTS, incarnation=st.sampled_from(["one", "one", "one", "zero"]))
+    def commit(self, ticket: str, claimant: Claimant, incarnation: str) -> None:
+        """Only who holds a ticket can have read it."""
+        wanted = self._verdict(ticket, incarnation, is_fine=self.claimants.get(ticket) == claimant)
+
+        assert verdict(lambda: self.book.commit(ticket, claimant, incarnation)) == wanted
+        if wanted == "":
+            self.committed.add(ticket)
+
+    def _verdict(self, ticket: str, incarnation: str, *, is_fine: bool) -> str:
+        if incarnation != "one":
+            return "stale"
+        if ticket not in self.live or self._expires_at(ticket) <= self.clock.monotonic():
+            return "expired"
+        return "" if is_fine else "conflict"
 
     @rule(chosen=st.lists(tickets, max_size=4), why=st.sampled_from(["committed", "cancelled"]))
     def release(self, chosen: list[str], why: str) -> None:
@@ -583,7 +731,16 @@ class TicketLife(RuleBasedStateMachine):
         counts = self.book.counts()
         assert counts.issued == self.num_issued
         assert counts.issued == counts.released + counts.expired + counts.revoked + counts.live
+        assert counts.is_balanced
         assert {record.ticket_id for record in self.book.list()} == set(self.live)
+
+    @invariant()
+    def states_are_those_of_the_last_event(self) -> None:
+        for record in self.book.list():
+            claimant = self.claimants.get(record.ticket_id)
+            assert record.claimant == (claimant.worker_id if claimant else "")
+            is_committed = record.ticket_id in self.committed
+            assert record.state == ("committed" if is_committed else "claimed" if claimant else "issued")
 
     @invariant()
     def slots_are_conserved(self) -> None:

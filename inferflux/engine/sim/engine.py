@@ -11,19 +11,22 @@ from dataclasses import replace
 from hashlib import sha256
 
 from inferflux.engine import reference
-from inferflux.engine.base import ComputedPrompt, Engine, EngineInfo, EngineLoad, KvSource, Prefilled, PublishedKv
+from inferflux.engine.base import Engine, EngineInfo, EngineLoad, KvSource, Prefilled
 from inferflux.engine.options import EngineOptions
+from inferflux.engine.prefix import Prefixes
 from inferflux.engine.sim import profile as profiles
 from inferflux.engine.sim.api import CAPABILITIES, App, Plan
 from inferflux.engine.sim.blocks import BlockPool
 from inferflux.engine.sim.hydration import Hydrator
 from inferflux.engine.sim.kv import KvCache, chain
+from inferflux.engine.sim.publication import Publication
 from inferflux.engine.sim.response import Inbox, Response
 from inferflux.engine.sim.scheduler import Scheduler
 from inferflux.engine.sim.sequence import Choice, Emitted, Event, Job, Sampling, StopGuard
-from inferflux.errors import ArenaFull, ConfigError, InvalidRequest, NumericsMismatch
+from inferflux.errors import ConfigError, InvalidRequest, NumericsMismatch
 from inferflux.kv.arena import Arena
-from inferflux.kv.digests import block_digest, prompt_digest
+from inferflux.kv.digests import prompt_digest
+from inferflux.kv.prefixes import PrefixStore
 from inferflux.types import Delivered, End, Frame, HttpAnswer, HttpCall, KvReport, ModelFingerprint, RequestContext
 
 LAYOUT = "sim-1"
@@ -32,12 +35,13 @@ LAYOUT = "sim-1"
 class SimEngine(Engine):
     """Deterministic: what a call yields depends on the model's name, the tenant's salt and the call, nothing else."""
 
-    def __init__(self, options: EngineOptions, arena: Arena | None) -> None:
+    def __init__(self, options: EngineOptions, arena: Arena | None, prefixes: PrefixStore | None = None) -> None:
         self._options = options
         self._arena = arena
         profile = profiles.load(options.sim_profile)
         self._profile = replace(profile, block_size=options.block_size or profile.block_size)
         self._fingerprint = _fingerprint(options, self._profile.block_size)
+        self._prefixes = Prefixes(arena, prefixes, self._fingerprint) if arena is not None else None
         self._key = sha256(repr(self._fingerprint).encode()).digest()
         num_blocks = options.kv_cache_bytes // profile.slot_bytes
         if num_blocks < 1:
@@ -85,14 +89,15 @@ class SimEngine(Engine):
         inbox, n = Inbox(), plan.sampling.n
         how = replace(plan.sampling, max_tokens=1, n=1, stop=())
         jobs = [self._job(context, inbox, prompt, how, i * n) for i, prompt in enumerate(plan.prompts)]
-        for job in jobs:
-            job.publish = self._publish
+        publications = [self._publication(context, job) for job in jobs]
         try:
             await self._run(jobs, inbox)
         except BaseException:
-            self._unpublish(jobs)
+            for publication in publications:
+                publication.undo()
             raise
-        return Prefilled(tuple(map(_computed, jobs)), time.perf_counter() - started_at)
+        computed = (publication.computed(job) for publication, job in zip(publications, jobs, strict=True))
+        return Prefilled(tuple(computed), time.perf_counter() - started_at)
 
     async def generate(
         self,
@@ -183,38 +188,17 @@ class SimEngine(Engine):
             self._abort(jobs)
         return tuple(token_id for event in events if isinstance(event, Emitted) for token_id in event.token_ids)
 
-    # The arena
-
-    def _publish(self, blocks: Sequence[int], num_tokens: int) -> PublishedKv | None:
-        """Copy blocks into the arena; None when it has no room: then decode computes the prompt itself."""
-        if self._arena is None:
-            return None
-        try:
-            slots = self._arena.allocate(len(blocks))
-        except ArenaFull:
-            return None
-        views = [self._arena.slot(slot) for slot in slots]
-        for view, block in zip(views, blocks, strict=True):
-            view[:] = self._kv.block(block)
-        digests = tuple(block_digest((view,)) for view in views)
-        self._arena.publish(slots)
-        return PublishedKv(slots, digests, num_tokens)
-
-    def _unpublish(self, jobs: Iterable[Job]) -> None:
-        for job in jobs:
-            if job.published is not None and self._arena is not None:
-                self._arena.free(job.published.slots)
-                job.published = None
+    def _publication(self, context: RequestContext, job: Job) -> Publication:
+        if self._arena is None or self._prefixes is None:
+            raise ConfigError("prefill needs an arena")
+        publication = Publication(self._prefixes, self._arena, self._kv, context.cache_salt, job.prompt)
+        job.source, job.publish = publication.source, publication.publish
+        return publication
 
 
 def _fingerprint(options: EngineOptions, block_size: int) -> ModelFingerprint:
     weights = sha256(f"inferflux-sim/{options.model}".encode()).hexdigest()
     return ModelFingerprint(weights, "float32" if options.dtype == "auto" else options.dtype, LAYOUT, block_size)
-
-
-def _computed(job: Job) -> ComputedPrompt:
-    output = tuple(job.choices[0].tokens[len(job.prompt) :])
-    return ComputedPrompt(prompt_digest(job.prompt), len(job.prompt), output, job.published)
 
 
 def _replay(past: Delivered, jobs: Iterable[Job], inbox: Inbox) -> list[Event]:

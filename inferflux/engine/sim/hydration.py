@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
-from inferflux.engine.base import KvSource
+from inferflux import failpoints
+from inferflux.engine.base import Claim, KvSource
 from inferflux.engine.sim.kv import KvCache
-from inferflux.errors import KvDigestMismatch, KvError, KvIncompatible
-from inferflux.kv import shm
-from inferflux.kv.arena import ArenaReader
+from inferflux.errors import KvError, KvIncompatible, KvUnreachable
+from inferflux.kv.arena import Bytes
 from inferflux.kv.digests import block_digest
+from inferflux.kv.transport import Readers, copy_blocks
 from inferflux.types import KvReport
 
-FETCH_TIMEOUT_S = 1.0
 NUM_THREADS = 2
 
 
@@ -28,7 +28,7 @@ class Hydrator:
         self._block_size = block_size
         self._slot_bytes = slot_bytes
         self._threads = ThreadPoolExecutor(NUM_THREADS, "hydrate")
-        self._readers: dict[str, tuple[str, ArenaReader]] = {}
+        self._readers = Readers()
 
     def load(self, source: KvSource, num_tokens: int, blocks: Sequence[int], first: int) -> asyncio.Future[KvReport]:
         """Copy all blocks of a prompt from `first` on into `blocks`, which stay in use until the future is done.
@@ -36,18 +36,29 @@ class Hydrator:
         Its result says how it went; KvErrors are reported, not raised.
         """
         work = partial(self._load, source, num_tokens, tuple(blocks), first)
-        return asyncio.get_running_loop().run_in_executor(self._threads, work)
+        if source.claim is None:
+            return asyncio.get_running_loop().run_in_executor(self._threads, work)
+        return asyncio.ensure_future(self._load_claimed(source, source.claim, work))
 
     def close(self) -> None:
         """Wait for the copies that run and forget all arenas. Idempotent."""
         self._threads.shutdown(wait=True)
-        self._readers.clear()
+        self._readers.close()
+
+    async def _load_claimed(self, source: KvSource, claim: Claim, work: Callable[[], KvReport]) -> KvReport:
+        try:
+            await claim()
+        except KvError as e:
+            return KvReport(source.ticket_id, "recomputed", e.kv_reason)
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
 
     def _load(self, source: KvSource, num_tokens: int, blocks: tuple[int, ...], first: int) -> KvReport:
         started_at = time.perf_counter()
         try:
             num_bytes = self._copy(source, num_tokens, blocks, first)
         except KvError as e:
+            if isinstance(e, KvUnreachable):
+                self._readers.drop(source.path)
             return KvReport(source.ticket_id, "recomputed", e.kv_reason)
         return KvReport(source.ticket_id, "committed", "", num_bytes, time.perf_counter() - started_at)
 
@@ -56,24 +67,16 @@ class Hydrator:
         counts = {len(source.slots), len(source.digests), len(source.generations)}
         if (source.num_tokens, source.slot_bytes, counts) != (num_tokens, self._slot_bytes, {num_blocks}):
             raise KvIncompatible(f"ticket {source.ticket_id} does not describe {num_blocks} blocks of this engine")
-        reader = self._reader(source)
-        reader.check(source.slots, source.generations)
-        for i in range(first, num_blocks):
-            self._copy_block(reader, source, i, blocks[i])
-        return (num_blocks - first) * self._slot_bytes
-
-    def _copy_block(self, reader: ArenaReader, source: KvSource, i: int, block: int) -> None:
-        target = self._kv.block(block)
-        target[:] = reader.slot(source.slots[i])
-        if block_digest((target,)) != source.digests[i]:
-            raise KvDigestMismatch(f"block {i} of ticket {source.ticket_id} is not what was published")
-
-    def _reader(self, source: KvSource) -> ArenaReader:
-        """The arena's mapping, kept as long as the producer does not start anew."""
-        incarnation, reader = self._readers.get(source.socket_path, ("", None))
-        if reader is None or incarnation != source.incarnation:
-            reader = shm.fetch(source.socket_path, source.incarnation, FETCH_TIMEOUT_S)
-            self._readers[source.socket_path] = source.incarnation, reader
+        reader = self._readers.get(source.path)
         if reader.slot_bytes != self._slot_bytes:
             raise KvIncompatible(f"the arena has slots of {reader.slot_bytes} bytes, not {self._slot_bytes}")
-        return reader
+
+        def put(i: int, block: Bytes) -> bytes:
+            target = self._kv.block(blocks[first + i])
+            target[:] = block
+            if failpoints.ON:
+                failpoints.hit("xfer.read", target)
+            return block_digest((target,))
+
+        copy_blocks(reader, source.slots[first:], source.generations[first:], source.digests[first:], put)
+        return (num_blocks - first) * self._slot_bytes

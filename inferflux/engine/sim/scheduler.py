@@ -104,7 +104,7 @@ class Scheduler:
     def _admit(self) -> None:
         while self._waiting and self._allocate(self._waiting[0]):
             job = self._waiting.pop(0)
-            if job.source is not None and job.num_uncomputed:
+            if job.source is not None and job.source.num_tokens > job.num_cached and job.num_uncomputed:
                 self._load(job, job.source)
             else:
                 self._start(job)
@@ -145,7 +145,7 @@ class Scheduler:
     def _load(self, job: Job, source: KvSource) -> None:
         blocks, first = job.choices[0].blocks, job.num_cached // self._profile.block_size
         self._loading.append(job)
-        loading = self._hydrator.load(source, len(job.prompt), blocks, first)
+        loading = self._hydrator.load(source, min(source.num_tokens, len(job.prompt)), blocks, first)
         loading.add_done_callback(lambda done: self._end_loading(job, done))
 
     def _end_loading(self, job: Job, done: asyncio.Future[KvReport]) -> None:
@@ -153,8 +153,10 @@ class Scheduler:
         error = done.exception()
         if job in self._loading and error is None:
             self._loading.remove(job)
-            if done.result().result == "committed":
-                job.choices[0].num_computed = len(job.prompt)
+            job.has_failed_read = done.result().result != "committed"
+            if job.source is not None and not job.has_failed_read:
+                job.num_read = job.source.num_tokens - job.num_cached
+                job.choices[0].num_computed = job.source.num_tokens
             self._start(job, done.result())
         else:
             self._drop(job)
@@ -191,7 +193,7 @@ class Scheduler:
         first, *others = job.choices
         size, num_tokens = self._profile.block_size, len(job.prompt)
         num_full = num_tokens // size
-        if first.num_computed < num_tokens and num_tokens % size:
+        if first.num_computed <= num_full * size < num_tokens:
             # A published block must not end with what its last holder, maybe another tenant, left in it.
             self._kv.clear(first.blocks[num_full])
         self._kv.write(first.blocks, first.num_computed, job.hashes[first.num_computed :])
@@ -204,7 +206,7 @@ class Scheduler:
         for choice in job.choices:
             choice.num_computed = num_tokens
         if job.publish is not None:
-            job.published = job.publish(first.blocks[: -(-num_tokens // size)], num_tokens)
+            job.publish(first.blocks[: -(-num_tokens // size)], num_tokens)
         job.is_computed = True
 
     def _advance_choice(self, job: Job, choice: Choice) -> None:

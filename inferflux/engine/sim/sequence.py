@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from inferflux.engine.base import KvSource, PublishedKv
+from inferflux.engine.base import KvSource
 from inferflux.engine.sim import tokenizer
 from inferflux.types import KvReport
 
@@ -110,6 +110,7 @@ class Choice:
 class Job:
     """One prompt on its way through the scheduler, which fills everything from `num_cached` on.
 
+    `source` may cover a part of the prompt; `num_read` tokens came from there, unless `has_failed_read`.
     `limit`: output tokens per choice. `natural_end`: the output token that ends a choice by itself; None: none does.
     `publish` copies the prompt's blocks out, right after they are computed. `early`: a first token that was emitted
     before the KV it follows from was here.
@@ -124,12 +125,13 @@ class Job:
     may_stop: bool = False
     priority: int = 0
     source: KvSource | None = None
-    publish: Callable[[Sequence[int], int], PublishedKv | None] | None = None
+    publish: Callable[[Sequence[int], int], None] | None = None
     num_cached: int = 0
+    num_read: int = 0
+    has_failed_read: bool = False
     is_computed: bool = False
     digest: bytes = b""
     early: int | None = None
-    published: PublishedKv | None = None
 
     @property
     def is_finished(self) -> bool:

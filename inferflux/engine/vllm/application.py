@@ -9,21 +9,28 @@ from typing import TYPE_CHECKING, Any
 from inferflux.types import HttpAnswer, HttpHead
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, MutableMapping
+    from collections.abc import AsyncGenerator, Callable, MutableMapping
 
-    from inferflux.types import HttpCall
+    from inferflux.types import ChoiceTokens, HttpCall
+
+    Stamp = Callable[[bytes], tuple[ChoiceTokens, ...]]
 
 CLOSE_GRACE_S = 1.0
 MAX_BUFFERED_MESSAGES = 256
+CHOICES = "inferflux.choices"
 
 
 class Exchange:
-    """One ASGI call: feeds the request, collects the response, can be closed at any time."""
+    """One ASGI call: feeds the request, collects the response, can be closed at any time.
 
-    def __init__(self, app: Any, call: HttpCall, request_id: str) -> None:
+    `stamp` says which tokens a piece of the body brings; it is asked when the application writes it.
+    """
+
+    def __init__(self, app: Any, call: HttpCall, request_id: str, stamp: Stamp = lambda _: ()) -> None:
         self._app = app
         self._call = call
         self._scope = _scope(call, request_id)
+        self._stamp = stamp
         self._messages: deque[MutableMapping[str, Any]] = deque()
         self._has_news = asyncio.Event()
         self._has_room = asyncio.Event()
@@ -75,6 +82,8 @@ class Exchange:
         return {"type": "http.disconnect"}
 
     async def _send(self, message: MutableMapping[str, Any]) -> None:
+        if data := message.get("body"):
+            message[CHOICES] = self._stamp(data)
         self._messages.append(message)
         self._has_news.set()
         while len(self._messages) > MAX_BUFFERED_MESSAGES and not self._is_disconnected.is_set():

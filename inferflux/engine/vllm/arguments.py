@@ -68,7 +68,7 @@ def _transfer_config(arena_fd: int | None, reports_fd: int) -> Any:
     return KVTransferConfig(
         kv_connector=CONNECTOR,
         kv_connector_module_path=CONNECTOR_MODULE,
-        kv_role="kv_consumer" if arena_fd is None else "kv_producer",
+        kv_role="kv_consumer" if arena_fd is None else "kv_both",
         kv_load_failure_policy="recompute",
         kv_connector_extra_config={"arena_fd": arena_fd, "reports_fd": reports_fd},
     )

@@ -13,9 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-import xxhash
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
     KVConnectorMetadata,
@@ -28,6 +26,7 @@ from inferflux.engine.vllm import transfer
 from inferflux.engine.vllm.hydrate import Hydrator, Load, LoadPlanner
 from inferflux.engine.vllm.publish import Publisher, Save
 from inferflux.kv.arena import Arena
+from inferflux.kv.blocks import copy_out
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -36,6 +35,7 @@ if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.outputs import KVConnectorOutput
     from vllm.v1.request import Request
 
     from inferflux.kv.arena import Bytes
@@ -86,15 +86,19 @@ class ArenaConnector(KVConnectorBase_V1, SupportsHMA):
         saves = self._publisher.plan(scheduler_output) if self._publisher is not None else []
         return Transfers(saves, self._planner.take())
 
+    def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
+        """Hear which loads failed."""
+        self._planner.fail(connector_output.failed_recving)
+
     def request_finished_all_groups(
         self, request: Request, block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
         """Hand published slots over with the output. Copies are done, so the blocks may go at once."""
-        self._planner.forget(request.request_id)
+        num_read = self._planner.forget(request.request_id)
         slots = self._publisher.finish(request) if self._publisher is not None else None
         if slots is None:
             return False, None
-        return False, {transfer.SLOTS: list(slots), transfer.REMOTE: True}
+        return False, {transfer.SLOTS: list(slots), transfer.NUM_READ: num_read, transfer.REMOTE: True}
 
     # -- worker side ---------------------------------------------------------------------------------------------------
 
@@ -133,15 +137,6 @@ class ArenaConnector(KVConnectorBase_V1, SupportsHMA):
         """End the hydration thread."""
         if self._role == KVConnectorRole.WORKER:
             self._hydrator.close()
-
-
-def copy_out(block: list[Bytes], arena: Arena, slot: int) -> None:
-    """Copy one block, layer by layer, into its slot and keep the digest there."""
-    target, offset = arena.slot(slot), 0
-    for part in block:
-        np.copyto(target[offset : offset + part.nbytes], part)
-        offset += part.nbytes
-    arena.set_digest(slot, xxhash.xxh3_128_digest(target[:offset].data))
 
 
 def bytes_by_block(tensor: torch.Tensor) -> Bytes:

@@ -8,9 +8,11 @@ import os
 import time
 from typing import TYPE_CHECKING, Any
 
-from inferflux.engine.base import ComputedPrompt, Engine, EngineInfo, EngineLoad, KvSource, Prefilled
+from inferflux.engine.base import Engine, EngineInfo, EngineLoad, KvSource, Prefilled
 from inferflux.engine.options import auto_dtype
+from inferflux.engine.prefix import Prefixes
 from inferflux.engine.reference import load as load_reference
+from inferflux.engine.resume import Withheld
 from inferflux.engine.vllm.arguments import server_arguments, set_environment
 from inferflux.engine.vllm.transfer import Report
 from inferflux.errors import (
@@ -29,17 +31,20 @@ if TYPE_CHECKING:
     from inferflux.engine.options import EngineOptions
     from inferflux.engine.vllm.llm import DecodePhase, TicketLLM
     from inferflux.kv.arena import Arena
+    from inferflux.kv.prefixes import PrefixStore
     from inferflux.types import Delivered, HttpCall
 
 
 class VllmEngine(Engine):
     """One vLLM engine core (a forked child) and the application around it."""
 
-    def __init__(self, options: EngineOptions, arena: Arena | None) -> None:
+    def __init__(self, options: EngineOptions, arena: Arena | None, store: PrefixStore | None = None) -> None:
         if options.model_dir is None:
             raise ConfigError("model_dir: the vllm engine needs the model's directory, got none")
         self._options = options
         self._arena = arena
+        self._store = store
+        self._prefixes: Prefixes | None = None
         self._dtype = auto_dtype() if options.dtype == "auto" else options.dtype
         self._reports = ReportPipe()
         self._meter = StepMeter()
@@ -61,6 +66,8 @@ class VllmEngine(Engine):
         engine_args = AsyncEngineArgs.from_cli_args(args)
         self._started = TicketLLM.from_engine_args(engine_args, stat_loggers=[self._meter.logger()])
         await self._build_app(args)
+        if self._arena is not None:
+            self._prefixes = Prefixes(self._arena, self._store, self._fingerprint())
         self._reports.listen()
         return self._info()
 
@@ -74,9 +81,12 @@ class VllmEngine(Engine):
         from vllm.entrypoints.launchers.api_server.app_state import init_app_state  # noqa: PLC0415
         from vllm.entrypoints.launchers.app import build_app  # noqa: PLC0415
 
+        from inferflux.engine.vllm.identity import derive_from_requests  # noqa: PLC0415
+
         tasks = await self._llm.get_supported_tasks()
         self._app = build_app(args, tasks)
         await init_app_state(self._llm, self._app.state, args, tasks)
+        derive_from_requests()
 
     def _info(self) -> EngineInfo:
         config = self._llm.vllm_config
@@ -116,7 +126,7 @@ class VllmEngine(Engine):
         from inferflux.engine.vllm.application import answer  # noqa: PLC0415
         from inferflux.engine.vllm.llm import PHASE, PrefillPhase  # noqa: PLC0415
 
-        phase = PrefillPhase(context.cache_salt, context.priority, self._arena)
+        phase = PrefillPhase(context.cache_salt, context.priority, self._prefixes)
         PHASE.set(phase)
         start, response = time.monotonic(), None
         try:
@@ -125,18 +135,15 @@ class VllmEngine(Engine):
                 response = await answer(self._app, call, context.request_id)
             self._raise_if_dead()
         except BaseException:
-            self._free(phase.prompts)
+            phase.give_up()
             raise
+        finally:
+            phase.close()
         if phase.prompts:
             return Prefilled(tuple(phase.prompts), time.monotonic() - start)
         if response is None:
             raise Internal("the application failed before it asked for a prompt")
         return response
-
-    def _free(self, prompts: Sequence[ComputedPrompt]) -> None:
-        for prompt in prompts:
-            if prompt.kv is not None and self._arena is not None:
-                self._arena.free(prompt.kv.slots)
 
     async def generate(
         self,
@@ -145,21 +152,25 @@ class VllmEngine(Engine):
         sources: Sequence[KvSource] = (),
         delivered: Delivered | None = None,
     ) -> AsyncGenerator[Frame]:
-        """See Engine.generate. Continuing after delivered tokens is not possible yet: an error, not a repetition."""
-        if delivered:
-            raise Unavailable("the vllm engine can't continue a request after delivered tokens")
+        """See Engine.generate."""
         from inferflux.engine.vllm.application import Exchange  # noqa: PLC0415
+        from inferflux.engine.vllm.identity import IDENTITY, Identity  # noqa: PLC0415
         from inferflux.engine.vllm.llm import PHASE, DecodePhase  # noqa: PLC0415
 
-        phase = DecodePhase(context.cache_salt, context.priority, sources)
+        phase = DecodePhase(context.cache_salt, context.priority, sources, delivered, call.path)
         PHASE.set(phase)
-        exchange = Exchange(self._app, call, context.request_id)
+        IDENTITY.set(Identity(context.request_id, context.created_s))
+        exchange = Exchange(self._app, call, context.request_id, phase.take_tokens)
+        withheld = Withheld(delivered.num_events if delivered else 0)
         with self._reports.watch(sources, phase.num_loads, exchange.wake) as reports:
+            phase.report = reports.put
             async with contextlib.aclosing(exchange.messages()) as messages:
                 async for message in messages:
-                    frame = _frame(message, phase, reports.take())
-                    if frame is not None:
-                        yield frame
+                    if phase.refusal is not None:
+                        raise phase.refusal
+                    frame = _frame(message, reports.take())
+                    if frame is not None and (told := withheld.remainder(frame)) is not None:
+                        yield told
             yield Frame(kv=reports.rest(), choices=phase.take_tokens(), end=self._end(phase))
 
     def _end(self, phase: DecodePhase) -> End:
@@ -201,15 +212,15 @@ def _packing(config: Any) -> str:
     return f"{current_platform.get_cpu_architecture().name.lower()}-{isa}"
 
 
-def _frame(message: Any, phase: DecodePhase, kv: tuple[KvReport, ...]) -> Frame | None:
+def _frame(message: Any, kv: tuple[KvReport, ...]) -> Frame | None:
     """One ASGI message with the sideband that belongs to it; None when there is nothing to say."""
-    if message["type"] == "http.response.start":
-        from inferflux.engine.vllm.application import response_head  # noqa: PLC0415
+    from inferflux.engine.vllm.application import CHOICES, response_head  # noqa: PLC0415
 
+    if message["type"] == "http.response.start":
         return Frame(head=response_head(message), kv=kv)
     data = message.get("body", b"")
     if data:
-        return Frame(data=data, choices=phase.take_tokens(), kv=kv)
+        return Frame(data=data, choices=message[CHOICES], kv=kv)
     return Frame(kv=kv) if kv else None
 
 

@@ -1,4 +1,6 @@
-"""Decode's half of the connector: which slots go into which blocks, and the thread that copies them.
+"""The reading half of the connector: which slots go into which blocks, and the thread that copies them.
+
+Decode reads what a ticket names, prefill the beginning of a prompt that an arena has already.
 
 A block whose digest does not match is never used: the request is reported as failed and vLLM computes its prompt.
 """
@@ -11,22 +13,21 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
-import xxhash
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
 
 from inferflux.engine.vllm import transfer
-from inferflux.errors import KvDigestMismatch, KvError
-from inferflux.kv import shm
+from inferflux.errors import KvError, KvUnreachable
+from inferflux.kv.blocks import copy_in
+from inferflux.kv.transport import Readers, copy_blocks
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
     from vllm.v1.request import Request
 
     from inferflux.engine.base import KvSource
-    from inferflux.kv.arena import ArenaReader, Bytes
-
-FETCH_TIMEOUT_S = 2.0
+    from inferflux.kv.arena import Bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +47,7 @@ class LoadPlanner:
         self._block_size = block_size
         self._reports_fd = reports_fd
         self._pending: list[Load] = []
-        self._tried: set[str] = set()
+        self._tried: dict[str, int] = {}
 
     def offer(self, request: Request, num_computed_tokens: int) -> int:
         """Tokens that the request's source covers beyond what is cached here."""
@@ -55,7 +56,7 @@ class LoadPlanner:
             return 0
         num_tokens = min(source.num_tokens, request.num_prompt_tokens) - num_computed_tokens
         if num_tokens <= 0:
-            self._tried.add(request.request_id)
+            self._tried[request.request_id] = 0
             transfer.Report(source.ticket_id, "unneeded").send(self._reports_fd)
         return max(num_tokens, 0)
 
@@ -69,16 +70,20 @@ class LoadPlanner:
         last = -(-end // self._block_size)
         block_ids = tuple(blocks.get_block_ids()[0][first:last])
         self._pending.append(Load(request.request_id, block_ids, source, first))
-        self._tried.add(request.request_id)
+        self._tried[request.request_id] = num_external_tokens
 
     def take(self) -> list[Load]:
         """Loads planned since the last call."""
         pending, self._pending = self._pending, []
         return pending
 
-    def forget(self, request_id: str) -> None:
-        """Forget a request that is over."""
-        self._tried.discard(request_id)
+    def fail(self, request_ids: Iterable[str]) -> None:
+        """Hear whose loads failed: their tokens are computed."""
+        self._tried.update(dict.fromkeys(request_ids, transfer.FAILED))
+
+    def forget(self, request_id: str) -> int:
+        """Forget a request that is over; returns how many tokens its source brought, or FAILED."""
+        return self._tried.pop(request_id, 0)
 
 
 class Hydrator:
@@ -86,7 +91,7 @@ class Hydrator:
 
     def __init__(self, reports_fd: int) -> None:
         self._reports_fd = reports_fd
-        self._readers: dict[str, tuple[str, ArenaReader]] = {}
+        self._readers = Readers()
         self._lock = threading.Lock()
         self._results = KVConnectorTransferResults()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="hydrate")
@@ -104,6 +109,7 @@ class Hydrator:
     def close(self) -> None:
         """End the thread; loads that have not begun never will."""
         self._thread.shutdown(wait=False, cancel_futures=True)
+        self._readers.close()
 
     def _run(self, load: Load, layers: list[Bytes]) -> None:
         report = self._copy(load, layers)
@@ -116,35 +122,22 @@ class Hydrator:
     def _copy(self, load: Load, layers: list[Bytes]) -> transfer.Report:
         start = time.perf_counter()
         try:
-            reader = self._reader(load.source)
-            reader.check(load.source.slots, load.source.generations)
-            for i, block_id in enumerate(load.block_ids, load.first):
-                copy_in(reader, load.source, i, [layer[block_id] for layer in layers])
+            self._read(load, layers)
         except KvError as error:
+            if isinstance(error, KvUnreachable):
+                self._readers.drop(load.source.path)
             return transfer.Report(load.source.ticket_id, "recomputed", error.kv_reason)
         except Exception:  # noqa: BLE001 - whatever went wrong, the prompt can be computed here
             return transfer.Report(load.source.ticket_id, "recomputed", "unreachable")
         num_bytes = len(load.block_ids) * load.source.slot_bytes
         return transfer.Report(load.source.ticket_id, "committed", "", num_bytes, time.perf_counter() - start)
 
-    def _reader(self, source: KvSource) -> ArenaReader:
-        """The mapped arena of the source's worker; mapped once per incarnation."""
-        incarnation, reader = self._readers.get(source.socket_path, (None, None))
-        if reader is None or incarnation != source.incarnation:
-            reader = shm.fetch(source.socket_path, source.incarnation, FETCH_TIMEOUT_S)
-            self._readers[source.socket_path] = (source.incarnation, reader)
-        return reader
-
-
-def copy_in(reader: ArenaReader, source: KvSource, index: int, block: list[Bytes]) -> None:
-    """Fill one block, layer by layer, from slot `index` of the source.
-
-    Copies first, then digests what was copied: a slot that changes under the copy can't go unnoticed.
-    """
-    slot, hasher, offset = reader.slot(source.slots[index]), xxhash.xxh3_128(), 0
-    for part in block:
-        np.copyto(part, slot[offset : offset + part.nbytes])
-        hasher.update(part.data)
-        offset += part.nbytes
-    if hasher.digest() != source.digests[index]:
-        raise KvDigestMismatch(f"ticket {source.ticket_id}: block {index} does not have its digest")
+    def _read(self, load: Load, layers: list[Bytes]) -> None:
+        source, part = load.source, slice(load.first, load.first + len(load.block_ids))
+        copy_blocks(
+            self._readers.get(source.path),
+            source.slots[part],
+            source.generations[part],
+            source.digests[part],
+            lambda i, block: copy_in(block, [layer[load.block_ids[i]] for layer in layers]),
+        )

@@ -28,6 +28,7 @@ def register() -> None:
     """Entry point: runs in the worker, in the engine core and in each rank."""
     die_with_parent()
     count_delivered_tokens_as_output()
+    advance_grammars()
     spare_generators_of_discarded_tokens()
     share_the_only_group()
 
@@ -59,6 +60,10 @@ def count_delivered_tokens_as_output() -> None:
         init(self, *args, **kwargs)
         if delivered := delivered_tokens(self.sampling_params):
             self.append_output_token_ids(list(delivered))
+        if len(delivered) > 1:
+            # The prefix cache may hold output too: then more is cached than the prompt has, which the scheduler's
+            # statistics of prefill take for a bug and end the engine.
+            self.prefill_stats = None
 
     @dataclasses.dataclass
     class CachedRequestState(gpu_model_runner.CachedRequestState):
@@ -68,10 +73,49 @@ def count_delivered_tokens_as_output() -> None:
             super().__post_init__()
             if not self.output_token_ids:
                 self.output_token_ids = list(delivered_tokens(self.sampling_params))
+                if self.generator is not None:
+                    skip_draws(self.generator, len(self.output_token_ids))
 
     request.Request.__init__ = init_with_delivered
     request.Request._inferflux = True  # noqa: SLF001
     gpu_model_runner.CachedRequestState = CachedRequestState
+
+
+def skip_draws(generator: torch.Generator, num_tokens: int) -> None:
+    """Bring a request's generator to where it is after `num_tokens` sampled tokens.
+
+    The sampler draws once per token: on CPU the seed of its noise (TopKTopPSampler.forward_cpu), elsewhere a step of 4
+    in the generator's offset (GPUModelRunner takes back as much for a token that it discards).
+    """
+    if generator.device.type != "cpu":
+        generator.set_offset(generator.get_offset() + 4 * num_tokens)
+        return
+    for _ in range(num_tokens):
+        torch.randint(0, 2**31, (1,), generator=generator, dtype=torch.long)
+
+
+def advance_grammars() -> None:
+    """Let a grammar begin after the tokens that another worker has sampled under it."""
+    from vllm.v1 import structured_output  # noqa: PLC0415
+
+    manager = structured_output.StructuredOutputManager
+    if getattr(manager, "_inferflux", False):
+        return
+    create = manager._create_grammar  # noqa: SLF001
+
+    def create_advanced(self: Any, request: Any) -> Any:
+        grammar = create(self, request)
+        if delivered := list(delivered_tokens(request.sampling_params)):
+            # Reasoning comes before what the grammar rules; where it has ended, the manager must know.
+            bounds = self._get_constraint_bounds(request, delivered, spec_tokens_committed=True)
+            if bounds.grammar_start <= len(delivered):
+                request.structured_output_request.reasoning_ended = True
+                if not grammar.accept_tokens(request.request_id, delivered[bounds.grammar_start :]):
+                    raise ValueError("the delivered tokens do not follow from the grammar")
+        return grammar
+
+    manager._create_grammar = create_advanced  # noqa: SLF001
+    manager._inferflux = True  # noqa: SLF001
 
 
 def spare_generators_of_discarded_tokens() -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from vllm.v1.request import RequestStatus
 
+from inferflux import failpoints
 from inferflux.engine.vllm import transfer
 from inferflux.errors import ArenaFull
 
@@ -27,11 +28,16 @@ class Save:
 
 @dataclass(slots=True)
 class Publication:
-    """A prompt on its way into the arena."""
+    """A prompt on its way into the arena. The first `num_shared` of its slots had their blocks before."""
 
     slots: tuple[int, ...]
     num_prompt_tokens: int
-    num_saved: int = 0
+    num_shared: int
+    num_saved: int
+
+    @property
+    def new_slots(self) -> tuple[int, ...]:
+        return self.slots[self.num_shared :]
 
     @property
     def is_complete(self) -> bool:
@@ -50,35 +56,41 @@ class Publisher:
         """Blocks that this step completes."""
         for request in step.scheduled_new_reqs:
             extra = request.sampling_params.extra_args if request.sampling_params else None
-            if ((extra or {}).get(transfer.PARAMS) or {}).get(transfer.PUBLISH):
-                self._begin(request.req_id, request.prompt_len)
+            params = (extra or {}).get(transfer.PARAMS) or {}
+            if params.get(transfer.PUBLISH):
+                self._begin(request.req_id, request.prompt_len, tuple(params.get(transfer.SHARED, ())))
         cached = step.scheduled_cached_reqs
         for request_id in cached.resumed_req_ids & self._publications.keys():
-            self._publications[request_id].num_saved = 0  # preempted: its blocks are computed again
+            publication = self._publications[request_id]
+            publication.num_saved = publication.num_shared  # preempted: its blocks are computed again
         progress = [(r.req_id, r.num_computed_tokens) for r in step.scheduled_new_reqs]
         progress += zip(cached.req_ids, cached.num_computed_tokens, strict=True)
         saves = [self._advance(step, request_id, num_computed) for request_id, num_computed in progress]
         return [save for save in saves if save is not None]
 
     def finish(self, request: Request) -> tuple[int, ...] | None:
-        """Hand the slots of a finished request over, or free them. Copies are done by now."""
+        """Hand the slots of a finished request over, or free those it filled. Copies are done by now."""
         publication = self._publications.pop(request.request_id, None)
         if publication is None:
             return None
         if request.status == RequestStatus.FINISHED_ABORTED or not publication.is_complete:
-            self._arena.free(publication.slots)
+            self._arena.free(publication.new_slots)
             return None
-        self._arena.publish(publication.slots)
+        self._arena.publish(publication.new_slots)
+        if failpoints.ON:
+            failpoints.hit("ticket.published")
         return publication.slots
 
-    def _begin(self, request_id: str, num_prompt_tokens: int) -> None:
+    def _begin(self, request_id: str, num_prompt_tokens: int, shared: tuple[int, ...]) -> None:
         if request_id in self._publications:
             return
         try:
-            slots = self._arena.allocate(-(-num_prompt_tokens // self._block_size))
+            new = self._arena.allocate(-(-num_prompt_tokens // self._block_size) - len(shared))
         except ArenaFull:
             return  # the answer carries no ticket; decode computes the prompt
-        self._publications[request_id] = Publication(slots, num_prompt_tokens)
+        if failpoints.ON:
+            failpoints.hit("arena.allocated")
+        self._publications[request_id] = Publication(shared + new, num_prompt_tokens, len(shared), len(shared))
 
     def _advance(self, step: SchedulerOutput, request_id: str, num_computed: int) -> Save | None:
         publication = self._publications.get(request_id)
@@ -87,8 +99,9 @@ class Publisher:
         num_after = num_computed + step.num_scheduled_tokens[request_id]
         is_last = num_after >= publication.num_prompt_tokens
         upto = len(publication.slots) if is_last else num_after // self._block_size
-        start, publication.num_saved = publication.num_saved, upto
-        if upto == start:
+        start = publication.num_saved
+        if upto <= start:
             return None
+        publication.num_saved = upto
         block_ids = step.kv_connector_block_state.get_block_ids(request_id)[0]
         return Save(tuple(block_ids[start:upto]), publication.slots[start:upto])

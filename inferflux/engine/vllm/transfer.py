@@ -8,16 +8,21 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from inferflux.engine.base import KvSource
+from inferflux.types import NixlPeer, Transport
 
 PARAMS = "kv_transfer_params"
 EC_PARAMS = "ec_transfer_params"
 PUBLISH = "publish"
 SOURCE = "source"
 SLOTS = "slots"
+# Prefill: slots that have the prompt's first blocks already, and back: how many tokens the source brought, or FAILED.
+SHARED = "shared"
+NUM_READ = "num_read_tokens"
+FAILED = -1
 # vLLM's own names. With the first in prefill's parameters its scheduler adds the second; with both in decode's, clients
 # are told what prefill had cached instead of what came by ticket.
 REMOTE = "do_remote_prefill"
@@ -26,9 +31,17 @@ DELIVERED = "inferflux_delivered"
 
 
 def source_to_params(source: KvSource) -> dict[str, Any]:
+    """Parameters of a request that reads a ticket's blocks."""
+    return {SOURCE: plain(source), REMOTE: True, CACHED: source.num_cached_tokens}
+
+
+def plain(source: KvSource) -> dict[str, Any]:
     """Flatten for msgspec: plain types only."""
-    raw = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(source).items()}
-    return {SOURCE: raw, REMOTE: True, CACHED: source.num_cached_tokens}
+    raw = {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in asdict(replace(source, claim=None)).items()
+    }
+    return {**raw, "transport": str(source.transport)}
 
 
 def without_client_values(extra_args: dict[str, Any] | None) -> dict[str, Any]:
@@ -42,6 +55,8 @@ def source_from_params(params: dict[str, Any] | None) -> KvSource | None:
     if raw is None:
         return None
     fields: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in raw.items()}
+    fields["transport"] = Transport(raw["transport"])
+    fields["peer"] = NixlPeer(**raw["peer"]) if raw["peer"] else None
     return KvSource(**fields)
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,14 @@ def test_every_role_runs_and_stops():
 
     assert list(specs) == ["redis-0", "policy-0", "registry-0", "prefill-0", "decode-0", "decode-1", "gateway-0"]
     assert {s.role for s in specs.values()} == {role for roles in STOP_ORDER for role in roles}
+
+
+def test_gateways_are_equals_on_ports_one_after_the_other():
+    """Each gateway has an id and a port of its own, and nothing else of its own."""
+    specs = make(replace(OPTIONS, gateways=2))
+
+    assert [specs[f"gateway-{i}"].env["INFERFLUX_HTTP_PORT"] for i in range(2)] == ["9", "10"]
+    assert replace(OPTIONS, gateways=2).urls == ("http://127.0.0.1:9", "http://127.0.0.1:10")
 
 
 def test_an_outside_redis_is_used_and_kept_private():

@@ -13,11 +13,16 @@ from inferflux.lifecycle import Lifecycle
 from services.gateway.admin import AdminApi
 from services.gateway.app import Doorway, Gate, create_app
 from services.gateway.auth import Authenticator, Key, KeyRing, Principal, hash_secret
+from services.gateway.cache import CacheApi
 from services.gateway.endpoints import ENDPOINTS, Scope
 from services.gateway.envelope import BodyLimits
+from services.gateway.fleet import Fleet
+from services.gateway.fleet_api import FleetApi
 from services.gateway.idempotency import Idempotency, RecordLimits, Records
 from services.gateway.inference import Inference
-from services.gateway.pool import Pool
+from services.gateway.matrix import Matrix
+from services.gateway.pool import Pool, Terms
+from services.gateway.routing import LocalPrefill
 from services.gateway.views import Model
 
 PEPPER = b"p" * 32
@@ -55,14 +60,16 @@ def app() -> Doorway:
     ring = key_ring()
     inference = Inference(
         auth=Authenticator(PEPPER, lambda: ring),
-        pool=Pool(caller=None, tasks=None, dead_s=1, max_buffered_bytes=1),
+        pool=Pool(caller=None, tasks=None, terms=Terms(1, 1, 1, LocalPrefill())),
         policy_revision=lambda: ring.revision,
         limits=BodyLimits(),
         timeout_s=5,
         access_log=None,
     )
     idempotency = Idempotency(inference, Records(ManualClock(), RecordLimits(1, 1)), tasks=None)
-    return create_app(idempotency, AdminApi(Policy(), never), lambda: (MODEL,), Lifecycle("gateway", "g"))
+    admin = AdminApi(Policy(), never, FleetApi(Fleet(lambda: ())), Matrix(None, lambda: ()))
+    cache = CacheApi(inference.auth, inference.pool, str)
+    return create_app(idempotency, admin, cache, lambda: (MODEL,), Lifecycle("gateway", "g"))
 
 
 @pytest.fixture
@@ -82,7 +89,8 @@ def bearer(scope: Scope) -> dict[str, str]:
 
 
 def concrete(path: str) -> str:
-    return path.replace("{key_id}", "key_1").replace("{name:path}", "tiny")
+    named = path.replace("{key_id}", "key_1").replace("{worker_id}", "decode-0")
+    return named.replace("{name:path}", "tiny").replace("{name}", "system")
 
 
 ALL_PATHS = (
@@ -92,6 +100,15 @@ ALL_PATHS = (
     "/v1/models/tiny",
     "/v1/admin/api_keys",
     "/v1/admin/api_keys/key_1",
+    "/v1/admin/workers",
+    "/v1/admin/workers/decode-0",
+    "/v1/admin/workers/decode-0/drain",
+    "/v1/admin/tickets",
+    "/v1/admin/paths",
+    "/v1/admin/cache",
+    "/v1/admin/cache/warm",
+    "/v1/admin/cache/pins",
+    "/v1/admin/cache/pins/system",
     *ENDPOINTS,
 )
 
@@ -147,13 +164,18 @@ NEEDS = {
     "/v1/models/tiny": {Scope.READ, Scope.GENERATE},
     "/v1/admin/api_keys": set(),
     "/v1/admin/api_keys/key_1": set(),
+    "/v1/admin/workers": set(),
+    "/v1/admin/workers/decode-0": set(),
+    "/v1/admin/workers/decode-0/drain": set(),
+    "/v1/admin/tickets": set(),
+    "/v1/admin/paths": set(),
 } | {path: {Scope.GENERATE} for path in ENDPOINTS}
 
 
 @pytest.mark.parametrize("path", NEEDS)
 async def test_each_route_takes_exactly_its_scopes(client, path):
     """403 for the others, and for nobody else; ADMIN may do everything."""
-    method = "POST" if path in ENDPOINTS else "DELETE" if path.endswith("key_1") else "GET"
+    method = "POST" if path in ENDPOINTS or path.endswith("drain") else "DELETE" if path.endswith("key_1") else "GET"
     for scope in Scope:
         response = await client.request(method, path, headers=bearer(scope), content=b"not json")
 
@@ -223,6 +245,42 @@ async def test_errors_of_other_services_keep_their_meaning(client):
     response = await client.post("/v1/admin/api_keys", json=body, headers=bearer(Scope.ADMIN))
 
     assert (response.status_code, response.json()["error"]["message"]) == (409, "no new keys here")
+
+
+async def test_unknown_workers_are_not_found(client):
+    """And the answer says which there are."""
+    for method, path in (("GET", ""), ("POST", "/drain")):
+        response = await client.request(method, f"/v1/admin/workers/decode-7{path}", headers=bearer(Scope.ADMIN))
+
+        assert response.status_code == 404
+        assert "decode-7" in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("query", "param"),
+    [("live=perhaps", "live"), ("limit=0", "limit"), ("limit=1001", "limit"), ("limit=x", "limit"), ("a=1", "a")],
+)
+async def test_queries_for_tickets_that_make_no_sense_are_refused(client, query, param):
+    """With the name of what is wrong."""
+    response = await client.get(f"/v1/admin/tickets?{query}", headers=bearer(Scope.ADMIN))
+
+    assert (response.status_code, response.json()["error"]["param"]) == (400, param)
+
+
+@pytest.mark.parametrize("body", [b"[]", b'{"drain_s": -1}', b'{"drain_s": "1"}', b'{"soon": true}', b"{"])
+async def test_drains_that_make_no_sense_are_refused(client, body):
+    """Before any worker hears of them."""
+    response = await client.post("/v1/admin/workers/decode-0/drain", content=body, headers=bearer(Scope.ADMIN))
+
+    assert response.status_code == 400
+
+
+async def test_no_tickets_are_balanced(client):
+    """A cluster without prefill workers has nothing to account for."""
+    response = await client.get("/v1/admin/tickets?live=true", headers=bearer(Scope.ADMIN))
+
+    document = response.json()
+    assert (document["data"], document["workers"], document["balanced"]) == ([], [], True)
 
 
 async def test_admin_bodies_are_small(client):

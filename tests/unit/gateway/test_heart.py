@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from inferflux.types import Pulse, State
-from services.gateway.heart import SUSPECT_TICKS, Heart
+from services.gateway.heart import SUSPECT_TICKS, WARM_TICKS, Heart
 
 READY, DRAINING = Pulse("i", State.READY), Pulse("i", State.DRAINING)
 
@@ -58,3 +58,29 @@ def test_a_new_stream_starts_with_a_clean_slate():
 
     assert not heart.is_up
     assert not heart.is_dead
+
+
+def test_a_worker_that_refuses_is_not_ready_until_its_next_pulse():
+    """It knows better than its last pulse."""
+    heart = Heart(dead_ticks=8)
+    heart.beat(READY)
+    heart.refuse()
+    assert heart.is_up
+    assert not heart.is_ready
+    heart.beat(READY)
+
+    assert heart.is_ready
+
+
+def test_a_worker_warms_up_with_the_time_it_is_up():
+    """From little to everything, and anew after each loss."""
+    heart = Heart(dead_ticks=8)
+    heart.beat(READY)
+    cold = heart.warmth
+    for _ in range(WARM_TICKS):
+        heart.tick()
+    warm = heart.warmth
+    heart.stop()
+    heart.beat(READY)
+
+    assert 0 < cold == heart.warmth < warm == 1

@@ -8,12 +8,13 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from inferflux.errors import NoWorker
-from inferflux.types import ModelFingerprint, Pulse, Role, State
-from services.gateway.routing import Candidate, Question, objection, plan, score
+from inferflux.errors import KvTransportDegraded, NoWorker
+from inferflux.types import ModelFingerprint, Pulse, Role, State, Transport
+from services.gateway.routing import Candidate, LocalPrefill, Question, another_prefill, objection, plan, score
 from services.gateway.views import Worker
 
 MODEL = "tiny"
+BOTH = frozenset(Transport)
 FINGERPRINTS = tuple(ModelFingerprint(digest, "float32", "l", 16) for digest in ("a", "b"))
 QUESTION = Question(MODEL)
 
@@ -60,9 +61,17 @@ def candidates(draw):
         model=draw(st.sampled_from([MODEL, MODEL, "other"])),
         fingerprint=draw(st.sampled_from(FINGERPRINTS)),
         host_id=draw(st.sampled_from(["here", "there"])),
+        transports=draw(st.frozensets(st.sampled_from(Transport))),
         max_num_seqs=draw(st.integers(0, 64)),
     )
-    return Candidate(made, draw(st.none() | pulses()), draw(st.booleans()), draw(LOADS))
+    return Candidate(
+        made,
+        draw(st.none() | pulses()),
+        is_fresh=draw(st.booleans()),
+        num_assigned=draw(LOADS),
+        warmth=draw(st.sampled_from([0.05, 1.0])),
+        has_suspects=draw(st.booleans()),
+    )
 
 
 def named(drawn: list[Candidate]) -> list[Candidate]:
@@ -76,6 +85,7 @@ questions = st.builds(
     st.booleans(),
     st.frozensets(st.builds("{}-{}".format, st.sampled_from(Role), st.integers(0, 5)), max_size=3),
     st.integers(0, 1000),
+    is_on_trial=st.booleans(),
 )
 
 
@@ -91,25 +101,26 @@ def planned(question, cluster):
 
 @given(questions, clusters)
 def test_only_workers_that_can_take_the_request_are_chosen(question, cluster):
-    """Never excluded, never of another model or role, never unconnected or not ready."""
+    """Never of another model or role, never unconnected or not ready; on trial, never beside a suspect."""
     _, *chosen = planned(question, cluster)
     for role, candidate in zip((Role.DECODE, Role.PREFILL), chosen, strict=True):
         if candidate is not None:
             assert candidate.worker.role is role
             assert candidate.worker.model == question.model
-            assert candidate.worker.worker_id not in question.excluded
+            assert not (question.is_on_trial and candidate.has_suspects)
             assert candidate.pulse is not None
             assert candidate.pulse.state is State.READY
 
 
 @given(questions, clusters)
 def test_prefill_only_where_decode_can_read_the_blocks(question, cluster):
-    """Same fingerprint and same host, with room in the arena, and only for calls with a prompt."""
+    """Same fingerprint and a common transport, with room in the arena, and only for calls with a prompt."""
     _, decoder, prefiller = planned(question, cluster)
     if prefiller is not None:
         assert question.needs_prefill
         assert prefiller.worker.fingerprint == decoder.worker.fingerprint
-        assert prefiller.worker.host_id == decoder.worker.host_id
+        common = prefiller.worker.transports & decoder.worker.transports
+        assert common if prefiller.worker.host_id == decoder.worker.host_id else Transport.NIXL in common
         assert prefiller.pulse.num_free_slots or not prefiller.pulse.num_slots
 
 
@@ -133,14 +144,15 @@ def test_no_prefill_worker_is_left_out_without_a_reason(cluster):
 
 @given(questions, clusters)
 def test_the_less_loaded_of_the_usable_workers_is_chosen(question, cluster):
-    """Of those that pulse on time, nobody usable has a better score; the silent only count when all are silent."""
+    """Of those that pulse on time nobody usable has a better score; the silent, and then the avoided, are for need."""
     _, decoder, prefiller = planned(question, cluster)
     for chosen, reader in ((decoder, None), (prefiller, decoder.worker if decoder else None)):
         if chosen is not None:
             peers = [c for c in cluster if c.worker.role is chosen.worker.role and not objection(c, question, reader)]
-            fresh = [c for c in peers if c.is_fresh] or peers
-            assert chosen in fresh
-            assert score(chosen) == max(map(score, fresh))
+            peers = [c for c in peers if c.is_fresh] or peers
+            peers = [c for c in peers if c.worker.worker_id not in question.avoided] or peers
+            assert chosen in peers
+            assert score(chosen) == max(map(score, peers))
 
 
 @given(candidates(), st.sampled_from(["num_running", "num_waiting", "num_queued_tokens"]), st.integers(1, 100))
@@ -224,24 +236,25 @@ def test_a_silent_worker_is_avoided_unless_all_are_silent():
 @pytest.mark.parametrize(
     ("candidate", "reason"),
     [
-        (decode("lost"), "was lost"),
         (Candidate(worker("w", model="other"), pulse()), "other model"),
         (Candidate(worker("w"), None), "not connected"),
         (decode("w", state=State.DRAINING), "draining"),
         (decode("w", state=State.FAILED), "failed"),
         (prefill("w", load={"num_free_slots": 0}), "arena full"),
         (prefill("w", fingerprint=FINGERPRINTS[1]), "incompatible blocks"),
-        (prefill("w", host_id="there"), "other host"),
+        (prefill("w", host_id="there"), "no common transport"),
+        (prefill("w", host_id="there", transports=BOTH), None),
+        (prefill("w", transports=frozenset({Transport.NIXL})), None),
+        (prefill("w", transports=frozenset()), "no common transport"),
         (prefill("w", load={"num_slots": 0, "num_free_slots": 0}), None),
         (decode("w"), None),
     ],
 )
 def test_objections(candidate, reason):
     """Each has its name, which is what operators read."""
-    question = replace(QUESTION, excluded=frozenset({"lost"}))
-    reader = worker("decode-9") if candidate.worker.role is Role.PREFILL else None
+    reader = worker("decode-9", transports=BOTH) if candidate.worker.role is Role.PREFILL else None
 
-    assert objection(candidate, question, reader) == reason
+    assert objection(candidate, QUESTION, reader) == reason
 
 
 def test_utility_calls_need_no_prefill_worker():
@@ -256,3 +269,67 @@ def test_no_decode_worker_is_a_retryable_refusal():
 
     assert raised.value.is_retryable
     assert raised.value.retry_after_s
+
+
+def test_a_worker_that_was_lost_is_used_only_when_there_is_no_other():
+    """A worker that came back is better than none."""
+    question = replace(QUESTION, avoided=frozenset({"lost"}))
+
+    assert plan(question, [decode("lost"), decode("busy", num_running=8)]).decode == "busy"
+    assert plan(question, [decode("lost")]).decode == "lost"
+
+
+def test_suspects_keep_apart_if_they_can_and_on_trial_even_if_they_cannot():
+    """So that the next death has one suspect."""
+    crowded, busy = replace(decode("crowded"), has_suspects=True), decode("busy", num_running=8)
+    suspect = replace(QUESTION, is_suspect=True)
+
+    assert plan(suspect, [crowded, busy]).decode == "busy"
+    assert plan(suspect, [crowded]).decode == "crowded"
+    with pytest.raises(NoWorker):
+        plan(replace(suspect, is_on_trial=True), [crowded])
+
+
+def test_a_worker_that_has_just_come_is_filled_slowly():
+    """It takes the first request like any other, and then counts as a small worker."""
+    cold, warm = replace(decode("cold"), warmth=0.05), decode("warm")
+
+    assert score(cold) == score(warm)
+    assert plan(QUESTION, [replace(cold, num_assigned=1), replace(warm, num_assigned=3)]).decode == "warm"
+
+
+@pytest.mark.parametrize(("num_bytes", "chosen"), [(100, (None, "short")), (101, ("prefill-0", ""))])
+def test_short_prompts_are_computed_by_decode(num_bytes, chosen):
+    """They are not worth the way through another worker."""
+    made = plan(replace(QUESTION, num_body_bytes=num_bytes), [decode(), prefill()], LocalPrefill(max_body_bytes=100))
+
+    assert (made.prefill, made.why_local) == chosen
+
+
+def test_without_a_prefill_worker_decode_computes_as_many_prompts_as_it_may():
+    """More are refused before any work; what runs already is not."""
+    local = LocalPrefill(max_requests=2)
+    full = replace(decode(), num_local_prefills=2)
+
+    assert plan(QUESTION, [replace(full, num_local_prefills=1)], local).why_local == "no_worker"
+    with pytest.raises(KvTransportDegraded, match="2 prompts already, of at most 2"):
+        plan(QUESTION, [full], local)
+    assert plan(replace(QUESTION, is_begun=True), [full], local).why_local == "no_worker"
+
+
+def test_without_a_prefill_worker_an_operator_may_want_none():
+    """Then new requests are refused, with an error to come back for; short prompts are still computed."""
+    local = LocalPrefill(max_body_bytes=100, is_refused=True)
+
+    with pytest.raises(KvTransportDegraded) as raised:
+        plan(QUESTION, [decode()], local)
+    assert raised.value.is_retryable
+    assert plan(replace(QUESTION, num_body_bytes=1), [decode()], local).why_local == "short"
+
+
+def test_a_lost_prefill_worker_is_replaced_by_another_one_and_not_by_itself():
+    """If there is one whose blocks the decode worker can read."""
+    question, reader = replace(QUESTION, avoided=frozenset({"prefill-0"})), worker("decode-0")
+
+    assert another_prefill(question, [prefill("prefill-0"), prefill("prefill-1")], reader) == "prefill-1"
+    assert another_prefill(question, [prefill("prefill-0"), prefill("far", host_id="there")], reader) is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
+from inferflux.clock import SystemClock
 from inferflux.rpc.client import open_channel
 from inferflux.rpc.mtls import Identity
 from inferflux.types import ModelFingerprint, Role, State
@@ -13,6 +14,8 @@ from services.gateway.auth import Principal
 from services.gateway.call import Call
 from services.gateway.endpoints import ENDPOINTS
 from services.gateway.heart import Heart
+from services.gateway.news import News
+from services.gateway.poison import Inquest
 from services.gateway.prefill import Tickets
 from services.gateway.session import DecodeSession
 from services.gateway.views import Worker
@@ -25,7 +28,9 @@ def connect(cluster: FakeCluster, decode: FakeDecode) -> DecodeSession:
         "decode-0", decode.incarnation, Role.DECODE, MODEL, decode.address, State.READY, fingerprint, "h", 8
     )
     channel = open_channel(decode.address, Identity.load(cluster.root / "pki", "gateway"), "decode")
-    return DecodeSession(worker, channel, Heart(100), pb.Hello(session_id="s", gateway_id="g"), 1 << 20)
+    hello = pb.Hello(session_id="s", gateway_id="g")
+    inquest = Inquest(SystemClock(), News())
+    return DecodeSession(worker, channel, Heart(100), inquest, hello, max_buffered_bytes=1 << 20)
 
 
 def new_call() -> Call:

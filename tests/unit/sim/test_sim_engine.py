@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
@@ -19,6 +20,7 @@ from inferflux.engine.reference import NumericsReference, save
 from inferflux.engine.sim.profile import INSTANT
 from inferflux.errors import ConfigError, Internal, InvalidRequest, NumericsMismatch, WorkerLost
 from inferflux.kv.arena import Arena
+from inferflux.kv.prefixes import Place, PrefixStore
 from inferflux.kv.shm import ArenaServer
 from inferflux.types import ChoiceTokens, Delivered, Frame, HttpCall, RequestContext, Role
 from tests.support.service import until
@@ -217,6 +219,36 @@ async def test_a_ticket_for_something_else_is_reported_unneeded(tmp_path: Path) 
         arena.free(source.slots)
 
 
+async def test_a_ticket_for_a_prompt_that_is_cached_whole_is_reported_unneeded(tmp_path: Path) -> None:
+    async with pair(tmp_path) as (prefill, decode, arena):
+        whole_blocks = call(prompt=list(range(1, 33)))
+        source = await source_of(prefill, arena, whole_blocks, tmp_path)
+        await frames_of(decode, whole_blocks)
+
+        frames = await frames_of(decode, whole_blocks, [source])
+
+        assert [report.result for frame in frames for report in frame.kv] == ["unneeded"]
+        arena.free(source.slots)
+
+
+async def test_blocks_of_an_aborted_request_are_not_free_while_a_copy_writes_into_them(tmp_path: Path) -> None:
+    async with pair(tmp_path) as (prefill, decode, arena):
+        source = await source_of(prefill, arena, call(), tmp_path)
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as silent:  # the copy waits for its answer
+            silent.bind(str(tmp_path / "silent"))
+            silent.listen()
+            task = asyncio.create_task(
+                frames_of(decode, call(), [replace(source, socket_path=str(tmp_path / "silent"))])
+            )
+            await until(lambda: decode.load().num_free_blocks < decode.load().num_blocks)
+            task.cancel()
+            await asyncio.wait([task])
+
+            assert decode.load().num_free_blocks < decode.load().num_blocks
+            await until(lambda: decode.load().num_free_blocks == decode.load().num_blocks)
+        arena.free(source.slots)
+
+
 @pytest.mark.parametrize("change", [{"slot_bytes": 1}, {"num_tokens": 3}, {"generations": ()}, {"digests": ()}])
 async def test_a_ticket_that_does_not_fit_is_not_read(tmp_path: Path, change: dict[str, Any]) -> None:
     async with pair(tmp_path) as (prefill, decode, arena):
@@ -269,6 +301,29 @@ async def test_a_cancelled_prefill_frees_its_slots(tmp_path: Path) -> None:
 
         assert arena.num_free == arena.num_slots
         assert prefill.load().num_free_blocks == prefill.load().num_blocks
+
+
+async def test_a_cancelled_prefill_lets_go_of_what_it_shares(tmp_path: Path) -> None:
+    arena = Arena.create(16 * 16384)
+    store = PrefixStore(arena, Place(str(tmp_path / "a"), "inc-1"))
+    engine = create("sim", replace(OPTIONS, role=Role.PREFILL), arena, store)
+    await engine.start()
+    for num_turns in range(12):
+        task = asyncio.create_task(engine.prefill(CONTEXT, call()))
+        for _ in range(num_turns):
+            await asyncio.sleep(0)
+        task.cancel()
+        (result,) = await asyncio.gather(task, return_exceptions=True)
+        if isinstance(result, Prefilled):
+            kv = result.prompts[0].kv
+            assert kv is not None
+            store.adopt(kv.slots, kv.block_hashes, kv.num_shared)
+            store.release(kv.slots)
+
+        assert arena.num_free + store.num_kept == arena.num_slots
+    assert store.num_kept == 2
+    await engine.close()
+    arena.close()
 
 
 async def test_published_slots_hold_nothing_of_their_last_holder() -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from inferflux.clock import SystemClock
 from inferflux.engine import create
 from inferflux.engine.base import Engine
 from inferflux.errors import InvalidRequest, WorkerLost
@@ -33,6 +34,7 @@ from inferflux.types import (
 from inferflux.worker.answering import Answerer, DecodeRequest
 from inferflux.worker.drain import Drain
 from inferflux.worker.main import watch
+from inferflux.worker.progress import Progress
 from inferflux.worker.sessions import MAX_BATCH_BYTES, MAX_FRAME_BYTES, Batch, Session, Sessions
 from inferflux.worker.settings import WorkerSettings
 from inferflux.worker.work import Work
@@ -51,7 +53,18 @@ async def a_worker(**settings: Any) -> AsyncIterator[Worker]:
     lifecycle.set_ready()
     work, drain = Work(lifecycle), Drain(lifecycle, 0)
     try:
-        yield Worker(Role.DECODE, own, lifecycle, engine, info, work, drain, "host", b"k" * 32)
+        yield Worker(
+            Role.DECODE,
+            own,
+            lifecycle,
+            engine,
+            info,
+            work,
+            drain,
+            "host",
+            b"k" * 32,
+            Progress(SystemClock(), own.wedge_s),
+        )
     finally:
         await engine.close()
 
@@ -282,6 +295,48 @@ async def test_the_death_of_the_engine_ends_the_worker() -> None:
 
         with pytest.raises(WorkerLost):
             await watch(worker)
+
+
+async def test_a_worker_whose_engine_is_wedged_or_dead_says_that_it_failed() -> None:
+    """Also while it drains: what it has is to be moved at once, not to be waited for."""
+    async with a_worker() as worker:
+        assert worker.state is State.READY
+        worker.progress.objection = "no step"
+        assert worker.state is State.FAILED
+        worker.lifecycle.begin_drain()
+        assert worker.state is State.FAILED
+        worker.progress.objection = None
+        assert worker.state is State.DRAINING
+        await worker.engine.close()
+        assert worker.state is State.FAILED
+
+
+async def test_a_request_that_comes_again_waits_until_it_has_left() -> None:
+    """A gateway that was cut off tells its lost request to stop and starts it again: never two of one at a time."""
+    async with serving() as (worker, sessions), Reader(session := sessions.open("s")).reading() as reader:
+        session.start(request(1, max_tokens=3000))
+        await until(lambda: worker.engine.load().num_running == 1)
+        session.cancel(1, "lost")
+        session.start(request(2))
+        await until(lambda: reader.end(2) is not None)
+
+        assert (reader.end(1).finish_reason, reader.end(2).error) == ("abort", None)
+        ends = [handle for batch in reader.batches for handle, frame in batch.frames if frame.end is not None]
+        assert ends == [1, 2]
+
+
+async def test_a_request_that_waits_for_itself_can_be_cancelled() -> None:
+    async with serving() as (worker, sessions), Reader(session := sessions.open("s")).reading() as reader:
+        session.start(request(1, max_tokens=3000))
+        await until(lambda: worker.engine.load().num_running == 1)
+        session.start(request(2))
+        await asyncio.sleep(0)
+        session.cancel(2, "closed")
+        await until(lambda: reader.end(2) is not None)
+
+        assert reader.end(2).finish_reason == "abort"
+        session.cancel(1, "closed")
+        await until(lambda: reader.end(1) is not None)
 
 
 HUGE = Frame(

@@ -1,0 +1,1 @@
+"""The real gateway, sessions, leases and tickets in virtual time, on a simulated network and engine (docs/chaos.md)."""
