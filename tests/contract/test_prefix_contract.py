@@ -107,6 +107,8 @@ async def test_tenants_share_no_blocks(engines: Engines, salt: str) -> None:
     other = await prefilled(engines, call, salt=salt)
     again = await prefilled(engines, call, salt=salt)
 
+    kept = first.kv.slots[: len(first.kv.block_hashes)]  # the last, which is not full, is free again
+    assert kept
     assert other.num_cached_tokens == 0
-    assert not set(other.kv.slots) & set(first.kv.slots)
+    assert not set(other.kv.slots) & set(kept)
     assert (again.kv.num_shared > 0) == bool(salt)

@@ -6,6 +6,7 @@ says which API call we are in, so that calls that run several prompts (or none) 
 
 from __future__ import annotations
 
+import asyncio
 import re
 from abc import ABC, abstractmethod
 from contextvars import ContextVar
@@ -324,6 +325,7 @@ class TicketLLM(AsyncLLM):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._send = self.engine_core.add_request_async
+        self._sending: set[asyncio.Task[None]] = set()
         self.engine_core.add_request_async = self._submit
 
     def generate(
@@ -369,10 +371,23 @@ class TicketLLM(AsyncLLM):
                 request.sampling_params = with_delivered(request.sampling_params, groups)
                 outputs = replay(self.output_processor, request, groups, self.model_config.max_model_len)
                 phase.replayed.setdefault(name, []).extend(outputs)
-                if not self.output_processor.has_request(request.request_id):
-                    return
+                if self.output_processor.has_request(request.request_id):
+                    self._send_later(phase, request)
+                return
             await phase.admit(request.sampling_params)
         await self._send(request)
+
+    def _send_later(self, phase: DecodePhase, request: Any) -> None:
+        """Send a request when it is admitted: its first tokens are on their way and do not wait for that."""
+
+        async def send() -> None:
+            await phase.admit(request.sampling_params)
+            if self.output_processor.has_request(request.request_id):  # else it was aborted meanwhile
+                await self._send(request)
+
+        task = asyncio.create_task(send(), name=f"send-{request.request_id}")
+        self._sending.add(task)
+        task.add_done_callback(self._sending.discard)
 
 
 def with_delivered(params: SamplingParams, groups: Sequence[Group]) -> SamplingParams:
