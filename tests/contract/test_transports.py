@@ -183,7 +183,7 @@ def test_an_owner_killed_in_the_middle_costs_an_error_at_most(
 
 
 def test_a_stopped_owner_costs_no_more_than_the_deadline(owner: ArenaOwner, readers: Readers) -> None:
-    """It holds its connections and answers nothing. When it goes on, a new reader finds it as it was."""
+    """It holds its connections and answers nothing."""
     path = owner.path(Transport.NIXL)
     reader = readers.get(path)
     copied(reader, owner, slice(0, 1))
@@ -194,8 +194,7 @@ def test_a_stopped_owner_costs_no_more_than_the_deadline(owner: ArenaOwner, read
     assert time.monotonic() - started_at < DEADLINE_S
 
     readers.drop(path)
-    os.kill(owner.process.pid, signal.SIGCONT)
-    assert copied(readers.get(path), owner).num_put == len(owner.slots)
+    os.kill(owner.process.pid, signal.SIGKILL)  # going on it may end anyway: see ADR 8
 
 
 def test_failures_leak_nothing(owner: ArenaOwner, readers: Readers, transport: Transport) -> None:
