@@ -188,6 +188,7 @@ class Connection(HttpToolsProtocol):
         super().on_message_complete()
         self._is_in_head = True
         self._num_discarded = 0
+        self._num_raw_bytes = -self._num_chunk_bytes  # the end of a body is no head
         self._expect_nothing()
 
     # --- a response, past the server's coroutines
