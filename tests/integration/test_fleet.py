@@ -6,7 +6,7 @@ import json
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -49,6 +49,12 @@ def ready(cluster: Cluster) -> list[str]:
 def workers(cluster: Cluster) -> dict[str, dict[str, Any]]:
     response = httpx.get(f"{cluster.url}/v1/admin/workers", headers=cluster.headers, trust_env=False)
     return {worker["id"]: worker for worker in response.raise_for_status().json()["data"]}
+
+
+def busy_one(cluster: Cluster, among: Container[str]) -> str | None:
+    """A worker that has requests; pulses say so a moment later."""
+    busy = (name for name, worker in workers(cluster).items() if name in among and worker["load"]["running"])
+    return next(busy, None)
 
 
 def ask(client: httpx.Client, max_tokens: int = 8) -> dict[str, Any]:
@@ -168,7 +174,7 @@ def test_a_drained_decode_worker_finishes_and_comes_back_while_others_serve(
     """Streams run to their end, new requests go elsewhere, and for its supervisor that was no failure."""
     before = {f"decode-{i}": cluster.process("decode", i) for i in range(2)}
     with streaming(client, 4) as streams:
-        busy = next(name for name, worker in workers(cluster).items() if name in before and worker["load"]["running"])
+        busy = poll(lambda: busy_one(cluster, before), 10, "no decode worker has a stream")
         begun = client.post(f"/v1/admin/workers/{busy}/drain", json={"drain_s": 60}).raise_for_status().json()
         assert (operations(cluster, busy, "/readyz"), operations(cluster, busy, "/livez")) == (503, 200)
         poll(lambda: busy not in ready(cluster), 5, "the gateway does not hear of the drain")
