@@ -83,7 +83,6 @@ VLLM_MODES = {
     "penalties": lambda: chat(max_tokens=10, repetition_penalty=1.4, presence_penalty=0.5, frequency_penalty=0.5),
     "limits": lambda: completion(max_tokens=8, min_tokens=6, logit_bias={"28": 4.5}, bad_words=["the"], **SEEDED),
     "nucleus": lambda: completion(max_tokens=8, top_p=0.9, top_k=40, min_p=0.01, **SEEDED),
-    "logprobs": lambda: chat(max_tokens=6, logprobs=True, top_logprobs=2, **SEEDED),
     "completion-logprobs": lambda: completion(max_tokens=6, logprobs=2, echo=False),
     "choices-logprobs": lambda: chat(max_tokens=4, n=2, logprobs=True, top_logprobs=1, **SEEDED),
     "running-usage": lambda: chat(max_tokens=6, stream_options={"include_usage": True, "continuous_usage_stats": True}),
