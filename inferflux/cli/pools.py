@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from inferflux.cli.api import Api
@@ -13,22 +14,23 @@ PATHS = ("decode", "prefill", "transport", "GB/s", "state")
 
 def show_workers(output: Format) -> None:
     """Print the workers that the registry knows."""
-    with Api() as api:
-        answer = api.get("/v1/admin/workers")
-    if output is Format.JSON:
-        print_json(answer)
-        return
-    print_table(WORKERS, (_worker(document) for document in answer["data"]))
+    _show("/v1/admin/workers", WORKERS, _worker, output)
 
 
 def show_matrix(output: Format) -> None:
     """Let every decode worker read from every prefill worker, and print how that went."""
+    _show("/v1/admin/paths", PATHS, _path, output)
+
+
+def _show(
+    path: str, headings: tuple[str, ...], row: Callable[[dict[str, Any]], tuple[str, ...]], output: Format
+) -> None:
     with Api() as api:
-        answer = api.get("/v1/admin/paths")
+        answer = api.get(path)
     if output is Format.JSON:
         print_json(answer)
         return
-    print_table(PATHS, (_path(document) for document in answer["data"]))
+    print_table(headings, map(row, answer["data"]))
 
 
 def _worker(worker: dict[str, Any]) -> tuple[str, ...]:

@@ -7,14 +7,14 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Annotated, Any
 
-import orjson
 from fastapi import APIRouter, Request, Response
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from inferflux.errors import InvalidRequest
 from services.gateway import envelope
 from services.gateway.asgi import header_map
 from services.gateway.control import KeyInfo, NewKey, PolicyClient
+from services.gateway.documents import respond, validate
 from services.gateway.endpoints import Scope
 from services.gateway.envelope import BodyLimits
 from services.gateway.fleet_api import FleetApi
@@ -59,32 +59,27 @@ class AdminApi:
         return router
 
     async def measure_paths(self) -> Response:
-        return _json({"object": "list", "data": [asdict(path) for path in await self._matrix.measure()]})
+        return respond({"object": "list", "data": [asdict(path) for path in await self._matrix.measure()]})
 
     async def list_keys(self) -> Response:
         keys, revision = await self._policy.list_keys()
-        return _json({"object": "list", "data": [_document(key) for key in keys], "revision": revision})
+        return respond({"object": "list", "data": [_document(key) for key in keys], "revision": revision})
 
     async def create_key(self, request: Request) -> Response:
         body = await _read(request)
         key, secret, revision = await self._policy.create_key(_new_key(body))
         await self._reached(revision, OWN_WRITES_S)
-        return _json(_document(key) | {"secret": secret, "revision": revision}, 201)
+        return respond(_document(key) | {"secret": secret, "revision": revision}, 201)
 
     async def revoke_key(self, key_id: str) -> Response:
         revision = await self._policy.revoke_key(key_id)
         await self._reached(revision, OWN_WRITES_S)
-        return _json({"id": key_id, "object": "api_key", "revoked": True, "revision": revision})
+        return respond({"id": key_id, "object": "api_key", "revoked": True, "revision": revision})
 
 
 async def _read(request: Request) -> NewKeyBody:
     data = await envelope.read_body(request.receive, header_map(request.headers.raw), LIMITS)
-    try:
-        return NewKeyBody.model_validate(envelope.parse_object(data, LIMITS))
-    except ValidationError as e:
-        first = e.errors(include_input=False, include_url=False, include_context=False)[0]
-        field = ".".join(map(str, first["loc"]))
-        raise InvalidRequest(f"{field}: {first['msg']}", param=field) from e
+    return validate(NewKeyBody, envelope.parse_object(data, LIMITS))
 
 
 def _new_key(body: NewKeyBody) -> NewKey:
@@ -116,7 +111,3 @@ def _document(key: KeyInfo) -> dict[str, Any]:
         "created_at": int(key.created_at.timestamp()),
         "expires_at": int(key.expires_at.timestamp()) if key.expires_at is not None else None,
     }
-
-
-def _json(document: dict[str, Any], status: int = 200) -> Response:
-    return Response(orjson.dumps(document), status, media_type="application/json")

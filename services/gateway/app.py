@@ -10,7 +10,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import orjson
 from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 
@@ -23,6 +22,7 @@ from services.gateway.admin import AdminApi
 from services.gateway.asgi import AsgiScope, Message, Receive, Send, header_map
 from services.gateway.auth import Authenticator
 from services.gateway.cache import CacheApi
+from services.gateway.documents import respond
 from services.gateway.endpoints import ENDPOINTS, Dialect, Scope
 from services.gateway.idempotency import Idempotency
 from services.gateway.inference import Inference, new_request_id
@@ -106,11 +106,11 @@ def _health_routes(lifecycle: Lifecycle) -> APIRouter:
         return Response("ok\n", media_type="text/plain")
 
     async def healthz() -> Response:
-        return _json(ops.status(lifecycle))
+        return respond(ops.status(lifecycle))
 
     async def readyz() -> Response:
         status = ops.status(lifecycle)
-        return _json(status, 200 if status["ready"] else 503)
+        return respond(status, 200 if status["ready"] else 503)
 
     router.add_api_route("/livez", livez, methods=["GET"])
     router.add_api_route("/healthz", healthz, methods=["GET"])
@@ -133,12 +133,12 @@ def _model_routes(models: Models) -> APIRouter:
     router = APIRouter()
 
     async def list_models() -> Response:
-        return _json({"object": "list", "data": [_model(model) for model in models()]})
+        return respond({"object": "list", "data": [_model(model) for model in models()]})
 
     async def get_model(name: str) -> Response:
         for model in models():
             if model.name == name:
-                return _json(_model(model))
+                return respond(_model(model))
         raise ModelNotFound(f"the model {name!r} does not exist", param="model")
 
     router.add_api_route("/v1/models", list_models, methods=["GET"])
@@ -182,7 +182,3 @@ def _is_loopback(request: Request) -> bool:
 
 def _is_by_proxy(request: Request) -> bool:
     return any(name in request.headers for name in _BY_PROXY)
-
-
-def _json(document: dict[str, Any], status: int = 200) -> Response:
-    return Response(orjson.dumps(document), status, media_type="application/json")

@@ -12,12 +12,13 @@ from typing import Annotated, Any
 
 import orjson
 from fastapi import APIRouter, Request, Response
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from inferflux.errors import InferfluxError, InvalidRequest, NotFound, NoWorker
 from services.gateway import envelope
 from services.gateway.asgi import header_map
 from services.gateway.auth import Authenticator
+from services.gateway.documents import respond, validate
 from services.gateway.envelope import BodyLimits
 from services.gateway.pool import Pool
 from services.gateway.prefill import PrefillLink, Prefix
@@ -60,12 +61,12 @@ class CacheApi:
 
     async def show(self) -> Response:
         """Show the store of every prefill worker that answers."""
-        return _json({"object": "list", "data": [await _status(link) for link in self._pool.prefills()]})
+        return respond({"object": "list", "data": [await _status(link) for link in self._pool.prefills()]})
 
     async def warm(self, request: Request) -> Response:
         """Have a prefix computed on all prefill workers of its model."""
         prefix, links = await self._prefix(request, PrefixBody)
-        return _json({"object": "cache.prefix", "model": prefix.model, "workers": await _warm(links, prefix)})
+        return respond({"object": "cache.prefix", "model": prefix.model, "workers": await _warm(links, prefix)})
 
     async def pin(self, request: Request) -> Response:
         """Pin a prefix on all prefill workers of its model, or on none."""
@@ -77,21 +78,21 @@ class CacheApi:
                 with suppress(InferfluxError):  # a worker that is gone took its pins along
                     await link.unpin(prefix.pin)
             raise
-        return _json({"object": "cache.pin", "name": prefix.pin, "model": prefix.model, "workers": workers}, 201)
+        return respond({"object": "cache.pin", "name": prefix.pin, "model": prefix.model, "workers": workers}, 201)
 
     async def unpin(self, name: str) -> Response:
         """Let a pin go wherever it is."""
         were_pinned = [await link.unpin(name) for link in self._pool.prefills()]
         if not any(were_pinned):
             raise NotFound(f"no prefix is pinned as {name[:64]!r}")
-        return _json({"object": "cache.pin", "name": name, "unpinned": True})
+        return respond({"object": "cache.pin", "name": name, "unpinned": True})
 
     async def _prefix(self, request: Request, kind: type[PrefixBody]) -> tuple[Prefix, Sequence[PrefillLink]]:
         """Read a body and find the workers it is for."""
         headers = header_map(request.headers.raw)
         principal = self._auth.authenticate(headers)
         document = envelope.parse_object(await envelope.read_body(request.receive, headers, LIMITS), LIMITS)
-        body = _read(kind, document)
+        body = validate(kind, document)
         path = next((path for field, path in PATHS.items() if field in document), None)
         if path is None:
             raise InvalidRequest("the body has neither messages nor prompt", param="messages")
@@ -105,15 +106,6 @@ class CacheApi:
         return Prefix(path, orjson.dumps(call), model, body.tenant or principal.tenant, salt, name), links
 
 
-def _read(kind: type[PrefixBody], document: dict[str, Any]) -> PrefixBody:
-    try:
-        return kind.model_validate(document)
-    except ValidationError as e:
-        first = e.errors(include_input=False, include_url=False, include_context=False)[0]
-        field = ".".join(map(str, first["loc"]))
-        raise InvalidRequest(f"{field}: {first['msg']}", param=field) from e
-
-
 async def _warm(links: Sequence[PrefillLink], prefix: Prefix) -> list[dict[str, Any]]:
     return [{"worker": link.worker_id, "num_tokens": await link.warm(prefix)} for link in links]
 
@@ -123,7 +115,3 @@ async def _status(link: PrefillLink) -> dict[str, Any]:
         return {"worker": link.worker_id, **await link.cache()}
     except InferfluxError as e:
         return {"worker": link.worker_id, "error": e.reason}
-
-
-def _json(document: dict[str, Any], status: int = 200) -> Response:
-    return Response(orjson.dumps(document), status, media_type="application/json")

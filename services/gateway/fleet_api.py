@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Annotated, Any
 
-import orjson
 from fastapi import APIRouter, Request, Response
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from inferflux.errors import InvalidRequest
 from services.gateway import envelope
 from services.gateway.asgi import header_map
+from services.gateway.documents import respond, validate
 from services.gateway.envelope import BodyLimits
 from services.gateway.fleet import LIVE, Book, Counts, DrainBegun, Fleet, Member, Status, Ticket, Which
 
@@ -45,17 +45,17 @@ class FleetApi:
         return router
 
     async def list_workers(self) -> Response:
-        return _json({"object": "list", "data": [_worker(member) for member in self._fleet.members()]})
+        return respond({"object": "list", "data": [_worker(member) for member in self._fleet.members()]})
 
     async def get_worker(self, worker_id: str) -> Response:
-        return _json(_status(await self._fleet.status(worker_id)))
+        return respond(_status(await self._fleet.status(worker_id)))
 
     async def drain_worker(self, worker_id: str, request: Request) -> Response:
-        return _json(_drain(await self._fleet.drain(worker_id, await _drain_s(request))), 202)
+        return respond(_drain(await self._fleet.drain(worker_id, await _drain_s(request))), 202)
 
     async def list_tickets(self, request: Request) -> Response:
         query = TicketQuery(request)
-        return _json(_ledger(await self._fleet.books(query.which, query.limit, query.worker_id), query.limit))
+        return respond(_ledger(await self._fleet.books(query.which, query.limit, query.worker_id), query.limit))
 
 
 class TicketQuery:
@@ -87,12 +87,7 @@ async def _drain_s(request: Request) -> float | None:
     data = await envelope.read_body(request.receive, header_map(request.headers.raw), LIMITS)
     if not data:
         return None
-    try:
-        return DrainBody.model_validate(envelope.parse_object(data, LIMITS)).drain_s
-    except ValidationError as e:
-        first = e.errors(include_input=False, include_url=False, include_context=False)[0]
-        field = ".".join(map(str, first["loc"]))
-        raise InvalidRequest(f"{field}: {first['msg']}", param=field) from e
+    return validate(DrainBody, envelope.parse_object(data, LIMITS)).drain_s
 
 
 def _worker(member: Member) -> dict[str, Any]:
@@ -176,7 +171,3 @@ def _ticket(ticket: Ticket) -> dict[str, Any]:
         "age_s": round(ticket.age_s, 3),
         "leaked": ticket.is_leaked,
     }
-
-
-def _json(document: dict[str, Any], status: int = 200) -> Response:
-    return Response(orjson.dumps(document), status, media_type="application/json")

@@ -85,11 +85,11 @@ class Inference:
 
     async def refuse(self, scope: AsgiScope, send: Send, error: InferfluxError) -> None:
         """Answer a request that gets no further with an error."""
-        request_id, endpoint = new_request_id(), ENDPOINTS[scope["path"]]
-        reply = Reply(send, request_id, endpoint.dialect, self.response_headers(request_id))
-        account = Account(request_id, endpoint, reply, self.access_log)
-        await reply.fail(error)
-        account.close()
+
+        async def fail(_reply: Reply, _account: Account) -> None:
+            raise error
+
+        await self.conduct(ENDPOINTS[scope["path"]], new_request_id(), scope, send, fail)
 
     def response_headers(self, request_id: str) -> RawHeaders:
         """Make the headers of every response."""

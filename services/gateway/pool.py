@@ -136,15 +136,16 @@ class Pool:
 
     def models(self) -> tuple[Model, ...]:
         """Known models. Raises Unavailable as long as the registry was never heard."""
-        if self._view is None:
-            raise Unavailable("the gateway has not heard the registry yet", retry_after_s=1)
-        return self._view.models
+        return self._known().models
 
     def registered(self) -> tuple[Worker, ...]:
         """Registered workers. Raises Unavailable as long as the registry was never heard."""
+        return self._known().workers
+
+    def _known(self) -> ClusterView:
         if self._view is None:
             raise Unavailable("the gateway has not heard the registry yet", retry_after_s=1)
-        return self._view.workers
+        return self._view
 
     def resolve(self, name: str | None) -> str:
         """Return the model that a call means. Raises ModelNotFound or Unavailable."""
