@@ -72,6 +72,7 @@ class Session:
     def __init__(self, stub: Any, session_id: str) -> None:
         self._call = stub.Session()
         self._session_id = session_id
+        self._writing = asyncio.Lock()  # grpc.aio allows one outstanding write
         self._handles = count(1)
         self._answers: dict[int, Answer] = {}
         self.pulse: Pulse | None = None
@@ -89,11 +90,15 @@ class Session:
             call=call.to_proto(),
             prompts=[prompt.to_proto() for prompt in prompts],
         )
-        await self._call.write(decode_pb.SessionCommand(start=start))
+        await self._write(decode_pb.SessionCommand(start=start))
         return answer
 
     async def cancel(self, answer: Answer) -> None:
-        await self._call.write(decode_pb.SessionCommand(cancel=decode_pb.Cancel(handle=answer.handle, why="test")))
+        await self._write(decode_pb.SessionCommand(cancel=decode_pb.Cancel(handle=answer.handle, why="test")))
+
+    async def _write(self, command: decode_pb.SessionCommand) -> None:
+        async with self._writing:
+            await self._call.write(command)
 
     def break_off(self) -> None:
         """Vanish without a word, as a killed gateway does."""
