@@ -35,6 +35,7 @@ from services.gateway.policy import Policies
 from services.gateway.policy_api import PolicyApi
 from services.gateway.policy_documents import PolicyDocuments
 from services.gateway.policy_report import PolicyReporter, Trial
+from services.gateway.policy_views import PolicyViews
 from services.gateway.pool import Caller, Pool
 from services.gateway.server import HttpServer, bind
 from services.gateway.settings import Settings
@@ -79,7 +80,12 @@ async def serve(settings: Settings, sock: socket.socket, lifecycle: Lifecycle) -
         admin = AdminApi(policy_client, policy.reached, fleet, matrix)
         policy_api, audit_api = PolicyApi(documents, policy.reached), AuditApi(trail)
         cache = CacheApi(inference.auth, pool, partial(cache_salt, tenant_key))
-        app = create_app(idempotency, (admin, cache, policy_api, audit_api), pool.models, lifecycle)
+        app = create_app(
+            idempotency,
+            (admin, cache, policy_api, PolicyViews(documents, policy.reached), audit_api),
+            pool.models,
+            lifecycle,
+        )
         lifecycle.add_readiness("policy", lambda: None if policy.value is not None else "not heard yet")
         lifecycle.add_readiness("workers", pool.objection)
         tasks.spawn(policy.follow(policy_client.watch), "policy")

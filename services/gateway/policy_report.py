@@ -54,6 +54,13 @@ class Trial:
             (self.candidate if is_tried else self.live).count(is_failure=is_failure)
 
 
+@dataclass(slots=True)
+class Contact:
+    """When the policy service was last heard of. All that the gauge, which outlives the reporter, holds on to."""
+
+    at: float
+
+
 Send = Callable[[Policies, Trial], Awaitable[None]]
 
 
@@ -65,8 +72,8 @@ class PolicyReporter:
         self._trial = trial
         self._send = send
         self._clock = clock
-        self._heard_at = clock.monotonic()
-        metrics.POLICY_SNAPSHOT_AGE.set_function(lambda: clock.monotonic() - self._heard_at)
+        self._contact = contact = Contact(clock.monotonic())
+        metrics.POLICY_SNAPSHOT_AGE.set_function(lambda: clock.monotonic() - contact.at)
 
     async def run(self) -> None:
         """Report for ever."""
@@ -80,7 +87,7 @@ class PolicyReporter:
     async def _report(self, policies: Policies) -> None:
         try:
             await self._send(policies, self._trial)
-            self._heard_at = self._clock.monotonic()
+            self._contact.at = self._clock.monotonic()
         except InferfluxError as e:
             _log.debug("policy report failed", extra={"reason": e.reason})
             await asyncio.sleep(TRIAL_INTERVAL_S)
