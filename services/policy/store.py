@@ -1,10 +1,10 @@
 """The policy's Redis: one book, read and written atomically, and a channel that tells replicas of writes.
 
 Layout: `ifx:{policy}:revision` a number, `ifx:{policy}:keys` and `ifx:{policy}:revisions` hashes of records (API keys
-by id, revisions of the document by number), `ifx:{policy}:revoked` a set of key ids, `ifx:{policy}:seal` which revisions
-are the newest and which keys revoked; records and seal are encrypted. WATCH and MULTI instead of scripts, so that the
-service's Redis user needs no EVAL. Every failure of Redis, slow answers included, is Unavailable: a write that failed
-so may still have happened, and then the next read shows it.
+by id, revisions of the document by number), `ifx:{policy}:revoked` a set of key ids, `ifx:{policy}:seal` what the
+newest revisions and the revoked keys are; records and seal are encrypted. WATCH and MULTI instead of scripts, so that
+the service's Redis user needs no EVAL. Every failure of Redis, slow answers included, is Unavailable: a write that
+failed so may still have happened, and then the next read shows it.
 
 A record that does not open is as good as lost: a service that knows it writes it again, and a key that nobody knows
 opens nothing. A policy or revocation that nobody knows is another matter, since without it more would be allowed: the
