@@ -27,7 +27,6 @@ from services.gateway.fleet import Fleet
 from services.gateway.fleet_api import FleetApi
 from services.gateway.idempotency import Idempotency, Records
 from services.gateway.inference import Inference
-from services.gateway.matrix import Matrix
 from services.gateway.policy import Policies
 from services.gateway.policy_api import PolicyApi
 from services.gateway.policy_documents import PolicyDocuments
@@ -66,8 +65,7 @@ async def serve(settings: Settings, sock: socket.socket, lifecycle: Lifecycle) -
             access_log=LineLog("gateway", settings.instance_id, "request", __name__) if settings.access_log else None,
         )
         idempotency = Idempotency(inference, Records(SystemClock(), settings.record_limits), tasks)
-        fleet, matrix = FleetApi(Fleet(pool.workers)), Matrix(identity, pool.registered)
-        admin = AdminApi(policy_client, policy.reached, fleet, matrix)
+        admin = AdminApi(policy_client, policy.reached, FleetApi(Fleet(pool.workers)), pool.matrix)
         policy_api = PolicyApi(PolicyDocuments(policy_channel), policy.reached)
         cache = CacheApi(inference.auth, pool, partial(cache_salt, tenant_key))
         app = create_app(idempotency, (admin, cache, policy_api), pool.models, lifecycle)
@@ -76,6 +74,7 @@ async def serve(settings: Settings, sock: socket.socket, lifecycle: Lifecycle) -
         tasks.spawn(policy.follow(policy_client.watch), "policy")
         tasks.spawn(registry.follow(registry_client.watch), "registry")
         tasks.spawn(pool.watch_hearts(), "hearts")
+        tasks.spawn(pool.matrix.scout(), "paths")
         await _get_to_know(policy, registry, pool)
         server = HttpServer(app, settings)
         serving = tasks.spawn(server.serve(sockets=[sock]), "http", may_return=True)

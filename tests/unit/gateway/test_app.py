@@ -22,6 +22,7 @@ from services.gateway.fleet_api import FleetApi
 from services.gateway.idempotency import Idempotency, RecordLimits, Records
 from services.gateway.inference import Inference
 from services.gateway.matrix import Matrix
+from services.gateway.news import News
 from services.gateway.policy import Policies
 from services.gateway.policy_api import PolicyApi
 from services.gateway.policy_documents import PolicyRevision, PolicyState
@@ -82,7 +83,7 @@ def app() -> Doorway:
         access_log=None,
     )
     idempotency = Idempotency(inference, Records(ManualClock(), RecordLimits(1, 1)), tasks=None)
-    admin = AdminApi(Policy(), never, FleetApi(Fleet(lambda: ())), Matrix(None, lambda: ()))
+    admin = AdminApi(Policy(), never, FleetApi(Fleet(lambda: ())), Matrix(lambda: (), News()))
     cache = CacheApi(inference.auth, inference.pool, str)
     return create_app(
         idempotency, (admin, cache, PolicyApi(Documents(), never)), lambda: (MODEL,), Lifecycle("gateway", "g")
