@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hmac
 import os
 import socket
 import sys
@@ -20,6 +21,9 @@ from inferflux.rpc.mtls import Identity
 from inferflux.telemetry.logs import LineLog
 from services.gateway.admin import AdminApi
 from services.gateway.app import create_app
+from services.gateway.audit_api import AuditApi, AuditTrail
+from services.gateway.audited import Audit
+from services.gateway.auditor import Auditor
 from services.gateway.auth import Authenticator, cache_salt
 from services.gateway.cache import CacheApi
 from services.gateway.control import PolicyClient, RegistryClient
@@ -30,10 +34,13 @@ from services.gateway.inference import Inference
 from services.gateway.policy import Policies
 from services.gateway.policy_api import PolicyApi
 from services.gateway.policy_documents import PolicyDocuments
+from services.gateway.policy_report import PolicyReporter, Trial
+from services.gateway.policy_views import PolicyViews
 from services.gateway.pool import Caller, Pool
 from services.gateway.server import HttpServer, bind
 from services.gateway.settings import Settings
 from services.gateway.snapshots import Snapshot
+from services.gateway.spool import Spool
 from services.gateway.views import ClusterView
 
 KNOWN_S = 1.0
@@ -53,7 +60,12 @@ async def serve(settings: Settings, sock: socket.socket, lifecycle: Lifecycle) -
     ):
         policy_client = PolicyClient(policy_channel, settings.instance_id, tenant_key, verifier)
         registry_client = RegistryClient(registry_channel, settings.instance_id)
-        policy = Snapshot[Policies]("policy")
+        spool = Spool(settings.spool_dir / f"{settings.instance_id}.jsonl", settings.audit_spool_bytes)
+        trail = AuditTrail(policy_channel, settings.instance_id)
+        auditor = Auditor(trail.append, spool, settings.instance_id, lifecycle.incarnation, SystemClock())
+        trial = Trial()
+        policy = Snapshot[Policies]("policy", trial.begin)
+        documents = PolicyDocuments(policy_channel, settings.instance_id)
         pool = Pool(caller, tasks, settings.terms)
         registry = Snapshot[ClusterView]("registry", pool.reconcile)
         inference = Inference(
@@ -62,16 +74,25 @@ async def serve(settings: Settings, sock: socket.socket, lifecycle: Lifecycle) -
             policies=lambda: policy.value,
             limits=settings.body_limits,
             timeout_s=settings.request_timeout_s,
+            trial=trial,
+            audit=Audit(auditor, hmac.digest(pepper, b"\1audit", "sha256")),
             access_log=LineLog("gateway", settings.instance_id, "request", __name__) if settings.access_log else None,
         )
         idempotency = Idempotency(inference, Records(SystemClock(), settings.record_limits), tasks)
         admin = AdminApi(policy_client, policy.reached, FleetApi(Fleet(pool.workers)), pool.matrix)
-        policy_api = PolicyApi(PolicyDocuments(policy_channel), policy.reached)
+        policy_api, audit_api = PolicyApi(documents, policy.reached), AuditApi(trail)
         cache = CacheApi(inference.auth, pool, partial(cache_salt, tenant_key))
-        app = create_app(idempotency, (admin, cache, policy_api), pool.models, lifecycle)
+        app = create_app(
+            idempotency,
+            (admin, cache, policy_api, PolicyViews(documents, policy.reached), audit_api),
+            pool.models,
+            lifecycle,
+        )
         lifecycle.add_readiness("policy", lambda: None if policy.value is not None else "not heard yet")
         lifecycle.add_readiness("workers", pool.objection)
         tasks.spawn(policy.follow(policy_client.watch), "policy")
+        tasks.spawn(PolicyReporter(policy, trial, documents.report, SystemClock()).run(), "policy report")
+        tasks.spawn(auditor.run(), "audit")
         tasks.spawn(registry.follow(registry_client.watch), "registry")
         tasks.spawn(pool.watch_hearts(), "hearts")
         tasks.spawn(pool.matrix.scout(), "paths")
@@ -83,6 +104,7 @@ async def serve(settings: Settings, sock: socket.socket, lifecycle: Lifecycle) -
         await lifecycle.draining.wait()
         server.drain()
         await serving
+        await auditor.flush()
 
 
 async def _get_to_know(policy: Snapshot[Policies], registry: Snapshot[ClusterView], pool: Pool) -> None:
