@@ -16,11 +16,12 @@ from starlette.exceptions import HTTPException
 from inferflux import ops
 from inferflux.errors import InferfluxError, ModelNotFound, NotFound
 from inferflux.lifecycle import Lifecycle
+from inferflux.policy.identity import Allowance
 from inferflux.telemetry import metrics
 from services.gateway import failures
 from services.gateway.admin import AdminApi
 from services.gateway.asgi import AsgiScope, Message, Receive, Send, header_map
-from services.gateway.auth import Authenticator
+from services.gateway.auth import Authenticator, Principal
 from services.gateway.cache import CacheApi
 from services.gateway.documents import respond
 from services.gateway.endpoints import ENDPOINTS, Dialect, Scope
@@ -29,7 +30,7 @@ from services.gateway.inference import Inference, new_request_id
 from services.gateway.resumption import STREAMS, Resumption
 from services.gateway.views import Model
 
-Models = Callable[[], tuple[Model, ...]]
+Models = Callable[[Allowance], tuple[Model, ...]]
 _BY_PROXY = ("forwarded", "x-forwarded-for", "via")
 
 
@@ -48,8 +49,7 @@ class Gate:
         """Raise Unauthenticated or PermissionDenied, or return."""
         if self.is_open_to_loopback and _is_loopback(request) and not _is_by_proxy(request):
             return
-        principal = self.auth.authenticate(header_map(request.headers.raw))
-        principal.require(*self.scopes)
+        request.state.principal = await self.auth.authorize(header_map(request.headers.raw), *self.scopes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,11 +132,11 @@ def _metrics_routes() -> APIRouter:
 def _model_routes(models: Models) -> APIRouter:
     router = APIRouter()
 
-    async def list_models() -> Response:
-        return respond({"object": "list", "data": [_model(model) for model in models()]})
+    async def list_models(request: Request) -> Response:
+        return respond({"object": "list", "data": [_model(model) for model in models(_allowance(request))]})
 
-    async def get_model(name: str) -> Response:
-        for model in models():
+    async def get_model(request: Request, name: str) -> Response:
+        for model in models(_allowance(request)):
             if model.name == name:
                 return respond(_model(model))
         raise ModelNotFound(f"the model {name!r} does not exist", param="model")
@@ -144,6 +144,11 @@ def _model_routes(models: Models) -> APIRouter:
     router.add_api_route("/v1/models", list_models, methods=["GET"])
     router.add_api_route("/v1/models/{name:path}", get_model, methods=["GET"])
     return router
+
+
+def _allowance(request: Request) -> Allowance:
+    principal: Principal = request.state.principal
+    return principal.allowance
 
 
 def _model(model: Model) -> dict[str, Any]:

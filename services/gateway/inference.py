@@ -101,7 +101,7 @@ class Inference:
         if scope["method"] != "POST":
             raise failures.MethodNotAllowed("POST")
         headers = header_map(scope["headers"])
-        principal = self.auth.authorize(headers, endpoint.scope)
+        principal = await self.auth.authorize(headers, endpoint.scope)
         deadline_at = arrived_at + self._timeout_s(headers)
         body = await envelope.read_body(receive, headers, self.limits)
         known = envelope.parse(body, self.limits)
@@ -110,7 +110,7 @@ class Inference:
                 request_id=account.request_id,
                 endpoint=endpoint,
                 principal=principal,
-                model=self.pool.resolve(known.model),
+                model=self.pool.resolve(known.model, principal.allowance),
                 http=_http_call(endpoint, scope, headers, body),
                 received_at=asyncio.get_running_loop().time(),
                 deadline_at=deadline_at,

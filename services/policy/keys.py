@@ -7,23 +7,15 @@ import re
 import secrets
 from collections.abc import Iterable
 from dataclasses import dataclass
-from enum import StrEnum
 
 from inferflux.errors import ConfigError, InvalidRequest
+from inferflux.policy.identity import Scope
 from services.policy.pepper import Pepper
 
 # Visible ASCII without the separators of INFERFLUX_API_KEYS.
 SECRET = re.compile(r"[!-+\--9;-~]{8,256}")
 NAME = re.compile(r"[^\x00-\x1f\x7f]{1,64}")
 TENANT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-
-
-class Scope(StrEnum):
-    """What a key may do."""
-
-    GENERATE = "generate"
-    READ = "read"
-    ADMIN = "admin"
 
 
 @dataclass(frozen=True, slots=True)

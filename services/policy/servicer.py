@@ -11,11 +11,12 @@ from typing import Any
 import grpc
 
 from inferflux.errors import InvalidRequest
+from inferflux.policy.identity import Scope
 from inferflux.v1 import policy_service_pb2 as pb
 from inferflux.v1.policy_service_pb2_grpc import PolicyServiceServicer
 from services.policy.book import KeyBook
 from services.policy.keeper import Keeper
-from services.policy.keys import Key, Scope, new_key, new_secret
+from services.policy.keys import Key, new_key, new_secret
 from services.policy.pepper import Pepper
 
 log = logging.getLogger(__name__)
