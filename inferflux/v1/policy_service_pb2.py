@@ -22,38 +22,45 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!inferflux/v1/policy_service.proto\x12\x0cinferflux.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xe5\x01\n\tKeyRecord\x12\x0e\n\x06key_id\x18\x01 \x01(\t\x12\x13\n\x0bsecret_hash\x18\x02 \x01(\x0c\x12\x0c\n\x04name\x18\x03 \x01(\t\x12\x0e\n\x06tenant\x18\x04 \x01(\t\x12#\n\x06scopes\x18\x05 \x03(\x0e\x32\x13.inferflux.v1.Scope\x12.\n\ncreated_at\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nexpires_at\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x10\n\x08priority\x18\x08 \x01(\x05\"I\n\x0ePolicySnapshot\x12\x10\n\x08revision\x18\x01 \x01(\x04\x12%\n\x04keys\x18\x02 \x03(\x0b\x32\x17.inferflux.v1.KeyRecord\"<\n\x14WatchSnapshotRequest\x12\x12\n\ngateway_id\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\x04\"G\n\x15WatchSnapshotResponse\x12.\n\x08snapshot\x18\x01 \x01(\x0b\x32\x1c.inferflux.v1.PolicySnapshot\"\xa7\x01\n\x10\x43reateKeyRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06tenant\x18\x02 \x01(\t\x12#\n\x06scopes\x18\x03 \x03(\x0e\x32\x13.inferflux.v1.Scope\x12.\n\nexpires_at\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x10\n\x08priority\x18\x05 \x01(\x05\x12\x0e\n\x06secret\x18\x06 \x01(\t\"[\n\x11\x43reateKeyResponse\x12$\n\x03key\x18\x01 \x01(\x0b\x32\x17.inferflux.v1.KeyRecord\x12\x0e\n\x06secret\x18\x02 \x01(\t\x12\x10\n\x08revision\x18\x03 \x01(\x04\"\x11\n\x0fListKeysRequest\"K\n\x10ListKeysResponse\x12%\n\x04keys\x18\x01 \x03(\x0b\x32\x17.inferflux.v1.KeyRecord\x12\x10\n\x08revision\x18\x02 \x01(\x04\"\"\n\x10RevokeKeyRequest\x12\x0e\n\x06key_id\x18\x01 \x01(\t\"%\n\x11RevokeKeyResponse\x12\x10\n\x08revision\x18\x01 \x01(\x04*S\n\x05Scope\x12\x15\n\x11SCOPE_UNSPECIFIED\x10\x00\x12\x12\n\x0eSCOPE_GENERATE\x10\x01\x12\x0e\n\nSCOPE_READ\x10\x02\x12\x0f\n\x0bSCOPE_ADMIN\x10\x03\x32\xd2\x02\n\rPolicyService\x12Z\n\rWatchSnapshot\x12\".inferflux.v1.WatchSnapshotRequest\x1a#.inferflux.v1.WatchSnapshotResponse0\x01\x12L\n\tCreateKey\x12\x1e.inferflux.v1.CreateKeyRequest\x1a\x1f.inferflux.v1.CreateKeyResponse\x12I\n\x08ListKeys\x12\x1d.inferflux.v1.ListKeysRequest\x1a\x1e.inferflux.v1.ListKeysResponse\x12L\n\tRevokeKey\x12\x1e.inferflux.v1.RevokeKeyRequest\x1a\x1f.inferflux.v1.RevokeKeyResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!inferflux/v1/policy_service.proto\x12\x0cinferflux.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xf6\x02\n\tKeyRecord\x12\x0e\n\x06key_id\x18\x01 \x01(\t\x12\x13\n\x0bsecret_hash\x18\x02 \x01(\x0c\x12\x0c\n\x04name\x18\x03 \x01(\t\x12\x0e\n\x06tenant\x18\x04 \x01(\t\x12#\n\x06scopes\x18\x05 \x03(\x0e\x32\x13.inferflux.v1.Scope\x12.\n\ncreated_at\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nexpires_at\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x10\n\x08priority\x18\x08 \x01(\x05\x12\x0c\n\x04team\x18\t \x01(\t\x12\r\n\x05roles\x18\n \x03(\t\x12\'\n\x06models\x18\x0b \x01(\x0b\x32\x17.inferflux.v1.ModelList\x12\x15\n\rprevious_hash\x18\x0c \x01(\x0c\x12\x32\n\x0eprevious_until\x18\r \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\x1a\n\tModelList\x12\r\n\x05names\x18\x01 \x03(\t\"I\n\x0ePolicySnapshot\x12\x10\n\x08revision\x18\x01 \x01(\x04\x12%\n\x04keys\x18\x02 \x03(\x0b\x32\x17.inferflux.v1.KeyRecord\"<\n\x14WatchSnapshotRequest\x12\x12\n\ngateway_id\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\x04\"G\n\x15WatchSnapshotResponse\x12.\n\x08snapshot\x18\x01 \x01(\x0b\x32\x1c.inferflux.v1.PolicySnapshot\"\xed\x01\n\x10\x43reateKeyRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06tenant\x18\x02 \x01(\t\x12#\n\x06scopes\x18\x03 \x03(\x0e\x32\x13.inferflux.v1.Scope\x12.\n\nexpires_at\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x10\n\x08priority\x18\x05 \x01(\x05\x12\x0e\n\x06secret\x18\x06 \x01(\t\x12\x0c\n\x04team\x18\x07 \x01(\t\x12\r\n\x05roles\x18\x08 \x03(\t\x12\'\n\x06models\x18\t \x01(\x0b\x32\x17.inferflux.v1.ModelList\"[\n\x11\x43reateKeyResponse\x12$\n\x03key\x18\x01 \x01(\x0b\x32\x17.inferflux.v1.KeyRecord\x12\x0e\n\x06secret\x18\x02 \x01(\t\x12\x10\n\x08revision\x18\x03 \x01(\x04\"\x11\n\x0fListKeysRequest\"K\n\x10ListKeysResponse\x12%\n\x04keys\x18\x01 \x03(\x0b\x32\x17.inferflux.v1.KeyRecord\x12\x10\n\x08revision\x18\x02 \x01(\x04\"\"\n\x10RevokeKeyRequest\x12\x0e\n\x06key_id\x18\x01 \x01(\t\"%\n\x11RevokeKeyResponse\x12\x10\n\x08revision\x18\x01 \x01(\x04\"\\\n\x10RotateKeyRequest\x12\x0e\n\x06key_id\x18\x01 \x01(\t\x12\x0e\n\x06secret\x18\x02 \x01(\t\x12(\n\x05grace\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\"[\n\x11RotateKeyResponse\x12$\n\x03key\x18\x01 \x01(\x0b\x32\x17.inferflux.v1.KeyRecord\x12\x0e\n\x06secret\x18\x02 \x01(\t\x12\x10\n\x08revision\x18\x03 \x01(\x04*S\n\x05Scope\x12\x15\n\x11SCOPE_UNSPECIFIED\x10\x00\x12\x12\n\x0eSCOPE_GENERATE\x10\x01\x12\x0e\n\nSCOPE_READ\x10\x02\x12\x0f\n\x0bSCOPE_ADMIN\x10\x03\x32\xa0\x03\n\rPolicyService\x12Z\n\rWatchSnapshot\x12\".inferflux.v1.WatchSnapshotRequest\x1a#.inferflux.v1.WatchSnapshotResponse0\x01\x12L\n\tCreateKey\x12\x1e.inferflux.v1.CreateKeyRequest\x1a\x1f.inferflux.v1.CreateKeyResponse\x12I\n\x08ListKeys\x12\x1d.inferflux.v1.ListKeysRequest\x1a\x1e.inferflux.v1.ListKeysResponse\x12L\n\tRevokeKey\x12\x1e.inferflux.v1.RevokeKeyRequest\x1a\x1f.inferflux.v1.RevokeKeyResponse\x12L\n\tRotateKey\x12\x1e.inferflux.v1.RotateKeyRequest\x1a\x1f.inferflux.v1.RotateKeyResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'inferflux.v1.policy_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_SCOPE']._serialized_start=960
-  _globals['_SCOPE']._serialized_end=1043
-  _globals['_KEYRECORD']._serialized_start=85
-  _globals['_KEYRECORD']._serialized_end=314
-  _globals['_POLICYSNAPSHOT']._serialized_start=316
-  _globals['_POLICYSNAPSHOT']._serialized_end=389
-  _globals['_WATCHSNAPSHOTREQUEST']._serialized_start=391
-  _globals['_WATCHSNAPSHOTREQUEST']._serialized_end=451
-  _globals['_WATCHSNAPSHOTRESPONSE']._serialized_start=453
-  _globals['_WATCHSNAPSHOTRESPONSE']._serialized_end=524
-  _globals['_CREATEKEYREQUEST']._serialized_start=527
-  _globals['_CREATEKEYREQUEST']._serialized_end=694
-  _globals['_CREATEKEYRESPONSE']._serialized_start=696
-  _globals['_CREATEKEYRESPONSE']._serialized_end=787
-  _globals['_LISTKEYSREQUEST']._serialized_start=789
-  _globals['_LISTKEYSREQUEST']._serialized_end=806
-  _globals['_LISTKEYSRESPONSE']._serialized_start=808
-  _globals['_LISTKEYSRESPONSE']._serialized_end=883
-  _globals['_REVOKEKEYREQUEST']._serialized_start=885
-  _globals['_REVOKEKEYREQUEST']._serialized_end=919
-  _globals['_REVOKEKEYRESPONSE']._serialized_start=921
-  _globals['_REVOKEKEYRESPONSE']._serialized_end=958
-  _globals['_POLICYSERVICE']._serialized_start=1046
-  _globals['_POLICYSERVICE']._serialized_end=1384
+  _globals['_SCOPE']._serialized_start=1422
+  _globals['_SCOPE']._serialized_end=1505
+  _globals['_KEYRECORD']._serialized_start=117
+  _globals['_KEYRECORD']._serialized_end=491
+  _globals['_MODELLIST']._serialized_start=493
+  _globals['_MODELLIST']._serialized_end=519
+  _globals['_POLICYSNAPSHOT']._serialized_start=521
+  _globals['_POLICYSNAPSHOT']._serialized_end=594
+  _globals['_WATCHSNAPSHOTREQUEST']._serialized_start=596
+  _globals['_WATCHSNAPSHOTREQUEST']._serialized_end=656
+  _globals['_WATCHSNAPSHOTRESPONSE']._serialized_start=658
+  _globals['_WATCHSNAPSHOTRESPONSE']._serialized_end=729
+  _globals['_CREATEKEYREQUEST']._serialized_start=732
+  _globals['_CREATEKEYREQUEST']._serialized_end=969
+  _globals['_CREATEKEYRESPONSE']._serialized_start=971
+  _globals['_CREATEKEYRESPONSE']._serialized_end=1062
+  _globals['_LISTKEYSREQUEST']._serialized_start=1064
+  _globals['_LISTKEYSREQUEST']._serialized_end=1081
+  _globals['_LISTKEYSRESPONSE']._serialized_start=1083
+  _globals['_LISTKEYSRESPONSE']._serialized_end=1158
+  _globals['_REVOKEKEYREQUEST']._serialized_start=1160
+  _globals['_REVOKEKEYREQUEST']._serialized_end=1194
+  _globals['_REVOKEKEYRESPONSE']._serialized_start=1196
+  _globals['_REVOKEKEYRESPONSE']._serialized_end=1233
+  _globals['_ROTATEKEYREQUEST']._serialized_start=1235
+  _globals['_ROTATEKEYREQUEST']._serialized_end=1327
+  _globals['_ROTATEKEYRESPONSE']._serialized_start=1329
+  _globals['_ROTATEKEYRESPONSE']._serialized_end=1420
+  _globals['_POLICYSERVICE']._serialized_start=1508
+  _globals['_POLICYSERVICE']._serialized_end=1924
 # @@protoc_insertion_point(module_scope)

@@ -41,6 +41,8 @@ class PolicyServiceStub:
     """Lists keys without secrets. Callers: operator, gateway."""
     RevokeKey: _grpc.UnaryUnaryMultiCallable[_policy_service_pb2.RevokeKeyRequest, _policy_service_pb2.RevokeKeyResponse]
     """Revokes a key for ever. Callers: operator, gateway."""
+    RotateKey: _grpc.UnaryUnaryMultiCallable[_policy_service_pb2.RotateKeyRequest, _policy_service_pb2.RotateKeyResponse]
+    """Gives a key a new secret, which is in this answer and nowhere else. Callers: operator, gateway."""
 
 @_typing.type_check_only
 class PolicyServiceAsyncStub(PolicyServiceStub):
@@ -55,6 +57,8 @@ class PolicyServiceAsyncStub(PolicyServiceStub):
     """Lists keys without secrets. Callers: operator, gateway."""
     RevokeKey: _aio.UnaryUnaryMultiCallable[_policy_service_pb2.RevokeKeyRequest, _policy_service_pb2.RevokeKeyResponse]  # type: ignore[assignment]
     """Revokes a key for ever. Callers: operator, gateway."""
+    RotateKey: _aio.UnaryUnaryMultiCallable[_policy_service_pb2.RotateKeyRequest, _policy_service_pb2.RotateKeyResponse]  # type: ignore[assignment]
+    """Gives a key a new secret, which is in this answer and nowhere else. Callers: operator, gateway."""
 
 class PolicyServiceServicer(metaclass=_abc_1.ABCMeta):
     """Keys and their scopes, pushed to gateways as snapshots."""
@@ -90,5 +94,13 @@ class PolicyServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_policy_service_pb2.RevokeKeyResponse, _abc.Awaitable[_policy_service_pb2.RevokeKeyResponse]]:
         """Revokes a key for ever. Callers: operator, gateway."""
+
+    @_abc_1.abstractmethod
+    def RotateKey(
+        self,
+        request: _policy_service_pb2.RotateKeyRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_policy_service_pb2.RotateKeyResponse, _abc.Awaitable[_policy_service_pb2.RotateKeyResponse]]:
+        """Gives a key a new secret, which is in this answer and nowhere else. Callers: operator, gateway."""
 
 def add_PolicyServiceServicer_to_server(servicer: PolicyServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
