@@ -1,1 +1,1 @@
-"""The policy document, section by section: what administrators write, and what gateways make of it."""
+"""What administrators decide: the policy document, its sections, its signature."""

@@ -11,7 +11,9 @@ from enum import StrEnum
 from typing import Annotated, Literal, Self
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import Field, StringConstraints, model_validator
+
+from inferflux.policy.section import Section
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 Name = Annotated[str, StringConstraints(pattern=NAME)]
@@ -32,31 +34,27 @@ class Scope(StrEnum):
     ADMIN = "admin"
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
-
-class Team(_Part):
+class Team(Section):
     """A part of a tenant. `models`: all that its keys may use; None: no restriction."""
 
     models: Models = None
 
 
-class Tenant(_Part):
+class Tenant(Section):
     """Somebody whose data nobody else sees."""
 
     models: Models = None
-    teams: Annotated[dict[Name, Team], Field(max_length=1024)] = {}
+    teams: dict[Name, Team] = Field(default_factory=dict, max_length=1024)
 
 
-class ClaimMap(_Part):
+class ClaimMap(Section):
     """How a claim of a token becomes a name of ours. Only what is listed in `values` is taken over.
 
     `claim`: a member of the token, or a path of members joined by dots; its value is a text or a list of texts.
     """
 
     claim: Text | None = None
-    values: Annotated[dict[Text, Name], Field(max_length=4096)] = {}
+    values: dict[Text, Name] = Field(default_factory=dict, max_length=4096)
     default: Name | None = None
 
     @model_validator(mode="after")
@@ -73,7 +71,7 @@ class ClaimMap(_Part):
         return {*self.values.values(), *([self.default] if self.default else [])}
 
 
-class Issuer(_Part):
+class Issuer(Section):
     """An OpenID Connect provider whose tokens are taken.
 
     `jwks_url` None: as the issuer's own discovery document says. `network`: where its keys may be fetched from: the
@@ -84,7 +82,7 @@ class Issuer(_Part):
 
     issuer: Url
     audiences: Annotated[list[Text], Field(min_length=1, max_length=16)]
-    algorithms: Annotated[list[Literal["RS256", "ES256"]], Field(min_length=1)] = ["RS256", "ES256"]
+    algorithms: tuple[Literal["RS256", "ES256"], ...] = Field(default=("RS256", "ES256"), min_length=1)
     jwks_url: Url | None = None
     network: Network = "public"
     stale_s: Annotated[int, Field(ge=60, le=86_400)] = 3600
@@ -93,7 +91,7 @@ class Issuer(_Part):
     team: ClaimMap | None = None
     roles: ClaimMap
     not_before: Annotated[int, Field(ge=0)] = 0
-    blocked_subjects: Annotated[list[Text], Field(max_length=4096)] = []
+    blocked_subjects: list[Text] = Field(default_factory=list, max_length=4096)
 
     @model_validator(mode="after")
     def _is_reachable_safely(self) -> Self:
@@ -103,12 +101,12 @@ class Issuer(_Part):
         return self
 
 
-class IdentitySection(_Part):
+class IdentitySection(Section):
     """The section `identity` of the policy document. Tenants that are not listed have no restrictions."""
 
-    tenants: Annotated[dict[Name, Tenant], Field(max_length=4096)] = {}
-    roles: Annotated[dict[Name, list[ScopeName]], Field(max_length=256)] = {}
-    issuers: Annotated[list[Issuer], Field(max_length=16)] = []
+    tenants: dict[Name, Tenant] = Field(default_factory=dict, max_length=4096)
+    roles: dict[Name, list[ScopeName]] = Field(default_factory=dict, max_length=256)
+    issuers: list[Issuer] = Field(default_factory=list, max_length=16)
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:

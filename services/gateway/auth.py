@@ -34,9 +34,7 @@ _TOKEN = re.compile(rb"eyJ[A-Za-z0-9_-]*\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]*")
 class UnknownKey(Unauthenticated):
     """A token names a key that its issuer did not publish when it was last asked. `refreshed`: asks again, briefly."""
 
-    def __init__(self, refreshed: Callable[[], Awaitable[None]]) -> None:
-        super().__init__(BAD_CREDENTIAL)
-        self.refreshed = refreshed
+    refreshed: Callable[[], Awaitable[None]] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +131,8 @@ class Authenticator:
         try:
             principal = self.authenticate(headers)
         except UnknownKey as e:
-            await e.refreshed()
+            if e.refreshed is not None:
+                await e.refreshed()
             principal = self.authenticate(headers)
         principal.require(*scopes)
         return principal

@@ -90,7 +90,9 @@ class TokenVerifier:
         key = keys.find(key_id)
         if key is None:
             metrics.JWTS.labels("key").inc()
-            raise UnknownKey(source.refreshed)
+            unknown = UnknownKey(BAD_CREDENTIAL)
+            unknown.refreshed = source.refreshed
+            raise unknown
         try:
             decoded = jwt.decode(token, key, algorithms=issuer.algorithms, registry=_registry(*issuer.algorithms))
         except (JoseError, ValueError, TypeError, RecursionError):

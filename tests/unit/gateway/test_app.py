@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from datetime import UTC, datetime
 
 import httpx
 import pytest
@@ -21,12 +22,16 @@ from services.gateway.fleet_api import FleetApi
 from services.gateway.idempotency import Idempotency, RecordLimits, Records
 from services.gateway.inference import Inference
 from services.gateway.matrix import Matrix
+from services.gateway.policy import Policies
+from services.gateway.policy_api import PolicyApi
+from services.gateway.policy_documents import PolicyRevision, PolicyState
 from services.gateway.pool import Pool, Terms
 from services.gateway.routing import LocalPrefill
 from services.gateway.views import Model
 
 PEPPER = b"p" * 32
 SECRETS = {scope: f"key-with-{scope}" for scope in Scope}
+REVISION = PolicyRevision(0, b"{}", "", "", datetime.fromtimestamp(0, UTC), "live", 0, 0)
 PUBLIC = {"/livez", "/readyz", "/healthz"}
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT")
 MODEL = Model("tiny", "d", "float32", 2048, ("chat",), 1, is_default=True)
@@ -41,8 +46,21 @@ class Policy:
     async def create_key(self, key):
         raise Conflict("no new keys here")
 
+    async def rotate_key(self, key_id, grace_s, secret):
+        raise Conflict("no new secrets here")
+
     async def revoke_key(self, key_id):
         return 8
+
+
+class Documents:
+    """A policy service without a document."""
+
+    async def get(self):
+        return PolicyState(REVISION, None, 0)
+
+    async def apply(self, change):
+        raise Conflict("no changes here")
 
 
 def key_ring() -> KeyRing:
@@ -61,7 +79,7 @@ def app() -> Doorway:
     inference = Inference(
         auth=Authenticator(PEPPER, lambda: ring),
         pool=Pool(caller=None, tasks=None, terms=Terms(1, 1, 1, LocalPrefill())),
-        policy_revision=lambda: ring.revision,
+        policies=lambda: Policies(ring.revision, ring),
         limits=BodyLimits(),
         timeout_s=5,
         access_log=None,
@@ -69,7 +87,9 @@ def app() -> Doorway:
     idempotency = Idempotency(inference, Records(ManualClock(), RecordLimits(1, 1)), tasks=None)
     admin = AdminApi(Policy(), never, FleetApi(Fleet(lambda: ())), Matrix(None, lambda: ()))
     cache = CacheApi(inference.auth, inference.pool, str)
-    return create_app(idempotency, admin, cache, lambda _: (MODEL,), Lifecycle("gateway", "g"))
+    return create_app(
+        idempotency, (admin, cache, PolicyApi(Documents(), never)), lambda _: (MODEL,), Lifecycle("gateway", "g")
+    )
 
 
 @pytest.fixture
@@ -100,11 +120,13 @@ ALL_PATHS = (
     "/v1/models/tiny",
     "/v1/admin/api_keys",
     "/v1/admin/api_keys/key_1",
+    "/v1/admin/api_keys/key_1/rotate",
     "/v1/admin/workers",
     "/v1/admin/workers/decode-0",
     "/v1/admin/workers/decode-0/drain",
     "/v1/admin/tickets",
     "/v1/admin/paths",
+    "/v1/admin/policy",
     "/v1/admin/cache",
     "/v1/admin/cache/warm",
     "/v1/admin/cache/pins",
@@ -164,18 +186,26 @@ NEEDS = {
     "/v1/models/tiny": {Scope.READ, Scope.GENERATE},
     "/v1/admin/api_keys": set(),
     "/v1/admin/api_keys/key_1": set(),
+    "/v1/admin/api_keys/key_1/rotate": set(),
     "/v1/admin/workers": set(),
     "/v1/admin/workers/decode-0": set(),
     "/v1/admin/workers/decode-0/drain": set(),
     "/v1/admin/tickets": set(),
     "/v1/admin/paths": set(),
+    "/v1/admin/policy": set(),
 } | {path: {Scope.GENERATE} for path in ENDPOINTS}
 
 
 @pytest.mark.parametrize("path", NEEDS)
 async def test_each_route_takes_exactly_its_scopes(client, path):
     """403 for the others, and for nobody else; ADMIN may do everything."""
-    method = "POST" if path in ENDPOINTS or path.endswith("drain") else "DELETE" if path.endswith("key_1") else "GET"
+    method = (
+        "POST"
+        if path in ENDPOINTS or path.endswith(("drain", "rotate"))
+        else "DELETE"
+        if path.endswith("key_1")
+        else "GET"
+    )
     for scope in Scope:
         response = await client.request(method, path, headers=bearer(scope), content=b"not json")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ ISSUER: dict[str, Any] = {
 
 
 def section(**fields: Any) -> IdentitySection:
-    return IdentitySection.model_validate_json(IdentitySection.model_validate(fields).model_dump_json())
+    return IdentitySection.model_validate_json(json.dumps(fields))
 
 
 def test_an_absent_section_restricts_nothing_and_takes_no_tokens():
