@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import sys
@@ -38,6 +39,8 @@ from services.gateway.settings import Settings
 from services.gateway.snapshots import Snapshot
 from services.gateway.tokens import TokenVerifier
 from services.gateway.views import ClusterView
+
+_log = logging.getLogger(__name__)
 
 
 async def serve(settings: Settings, sock: socket.socket, lifecycle: Lifecycle) -> None:
@@ -76,6 +79,7 @@ async def serve(settings: Settings, sock: socket.socket, lifecycle: Lifecycle) -
         policy_api = PolicyApi(PolicyDocuments(policy_channel), policy.reached)
         cache = CacheApi(inference.auth, pool, partial(cache_salt, tenant_key))
         app = create_app(idempotency, (admin, cache, policy_api), pool.models, lifecycle)
+        _log.debug("routes", extra={"routes": app.routes()})
         lifecycle.add_readiness("policy", lambda: None if policy.value is not None else "not heard yet")
         lifecycle.add_readiness("workers", pool.objection)
         tasks.spawn(policy.follow(policy_client.watch), "policy")

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from starlette.exceptions import HTTPException
+from starlette.routing import Route
 
 from inferflux import ops
 from inferflux.errors import InferfluxError, ModelNotFound, NotFound
@@ -62,6 +63,11 @@ class Doorway:
     idempotency: Idempotency
     resumption: Resumption
 
+    def routes(self) -> list[str]:
+        """List everything there is to ask for, e.g. `GET /v1/models`."""
+        framework = [f"{method} {route.path}" for route in _routes(self.app) for method in route.methods or ()]
+        return sorted([*framework, *(f"POST {path}" for path in ENDPOINTS), f"GET {STREAMS}{{request_id}}"])
+
     async def __call__(self, scope: AsgiScope, receive: Receive, send: Send) -> None:
         """Answer one request."""
         if scope["path"] in ENDPOINTS:
@@ -99,6 +105,10 @@ def create_app(idempotency: Idempotency, admin: Sequence[AdminRoutes], models: M
     for kind in (InferfluxError, HTTPException, Exception):
         app.add_exception_handler(kind, _answer_error)
     return Doorway(app, inference, idempotency, Resumption(inference))
+
+
+def _routes(app: FastAPI) -> list[Route]:
+    return [route for route in app.routes if isinstance(route, Route)]
 
 
 def _health_routes(lifecycle: Lifecycle) -> APIRouter:

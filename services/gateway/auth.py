@@ -11,7 +11,7 @@ import hashlib
 import hmac
 import re
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -83,10 +83,10 @@ class Key:
 
 @dataclass(frozen=True, slots=True)
 class KeyRing:
-    """All live keys at one revision of the policy."""
+    """All live keys at one revision of the policy, by the hash of their secrets."""
 
     revision: int = 0
-    keys: Mapping[bytes, Key] = field(default_factory=dict)
+    keys: dict[bytes, Key] = field(default_factory=dict)
 
 
 def hash_secret(pepper: bytes, secret: bytes) -> bytes:
@@ -149,12 +149,17 @@ class Authenticator:
         return self._find(ring, credential).under(identity)
 
     def _find(self, ring: KeyRing, secret: bytes) -> Key:
-        """Look a secret up, in the same steps and words for one that is unknown, revoked or expired."""
+        """Look a secret up, in the same steps and words for one that is unknown, revoked or expired.
+
+        An expired one is forgotten when it is seen: to find something takes longer than to find nothing.
+        """
         digest = hash_secret(self._pepper, secret)
         key = ring.keys.get(digest, _NOBODY)
         is_same = hmac.compare_digest(key.secret_hash, digest)
         is_live = key.expires_at is None or self._now() < key.expires_at
         if not (is_same and is_live) or len(secret) > MAX_SECRET_BYTES:
+            if is_same and key is not _NOBODY:
+                del ring.keys[digest]
             raise Unauthenticated(BAD_CREDENTIAL)
         return key
 
