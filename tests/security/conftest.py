@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 
 import pytest
 
 from tests.security.site import Site, running_site
+
+# Thousands of requests, each with a dozen lines of the client's own.
+for name in ("httpx", "httpcore"):
+    logging.getLogger(name).setLevel(logging.WARNING)
 
 
 @pytest.fixture(scope="session")

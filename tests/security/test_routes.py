@@ -8,7 +8,7 @@ import pytest
 
 from tests.security.site import PROMPT_CANARY, TENANTS, Visitor
 
-METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "BREW")
+METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "PURGE")
 PUBLIC = {"/livez", "/readyz", "/healthz"}
 MODELS = ("/v1/models", "/v1/models/{name}")
 
