@@ -166,7 +166,7 @@ def _principal(
         metrics.JWTS.labels("tenant").inc()
         raise PermissionDenied("the token belongs to no tenant of this cluster, or to more than one tenant or team")
     tenant, team = tenants.pop(), next(iter(teams), "")
-    subject = hashlib.sha256(orjson.dumps([issuer.issuer, claims["sub"]])).hexdigest()
+    subject = hashlib.sha256(orjson.dumps([issuer.issuer, claims["sub"], tenant])).hexdigest()
     return Principal(
         key_id=f"oidc_{subject[:16]}",
         tenant=tenant,

@@ -83,7 +83,8 @@ def test_routes_have_one_spelling(site):
         ):
             if spelling == name or "models" in name or "{request_id}" in path:
                 continue  # a model may have any name, and what follows a stream's path is its id
-            response = site.client.get(f"{site.cluster.url}{spelling}", headers=site.admin)
+            target = {"target": spelling.encode()}  # as it is: clients know better than to send some of these
+            response = site.client.get("/", headers=site.admin, extensions=target)
             assert response.status_code in {400, 404, 405}, spelling
 
 

@@ -20,7 +20,7 @@ def needles(site: Site) -> dict[str, bytes]:
     found["a prompt"] = PROMPT_CANARY.encode()
     for file in home.secrets.iterdir():
         content = file.read_bytes()
-        if file.suffix == ".pub":
+        if file.suffix == ".pub" or len(content) < 16:
             continue
         found |= {
             file.name: content,
