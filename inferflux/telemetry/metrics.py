@@ -104,6 +104,18 @@ CANCELLED = Counter(
     ("phase",),
     registry=REGISTRY,
 )
+JWTS = Counter(
+    "inferflux_jwt",
+    "Tokens of issuers that were looked at and not known yet, by result: verified, or what is wrong with them.",
+    ("result",),
+    registry=REGISTRY,
+)
+JWKS_FETCHES = Counter(
+    "inferflux_jwks_fetches",
+    "Fetches of the public keys of token issuers, by result (ok, failed).",
+    ("result",),
+    registry=REGISTRY,
+)
 REJECT = Counter(
     "inferflux_reject",
     "Requests refused before any work, by error reason.",

@@ -5,6 +5,7 @@ Who may do what."""
 
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
+from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
@@ -90,6 +91,11 @@ class KeyRecord(_message.Message):
     CREATED_AT_FIELD_NUMBER: _builtins.int
     EXPIRES_AT_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
+    TEAM_FIELD_NUMBER: _builtins.int
+    ROLES_FIELD_NUMBER: _builtins.int
+    MODELS_FIELD_NUMBER: _builtins.int
+    PREVIOUS_HASH_FIELD_NUMBER: _builtins.int
+    PREVIOUS_UNTIL_FIELD_NUMBER: _builtins.int
     key_id: _builtins.str
     """Public name of the key, e.g. key_3f9a...."""
     secret_hash: _builtins.bytes
@@ -100,6 +106,10 @@ class KeyRecord(_message.Message):
     """Tenant of everything done with it."""
     priority: _builtins.int
     """Lower runs first; 0 is normal."""
+    team: _builtins.str
+    """Part of the tenant; empty: none."""
+    previous_hash: _builtins.bytes
+    """Hash of the secret before the last rotation; empty: there is none."""
     @_builtins.property
     def scopes(self) -> _containers.RepeatedScalarFieldContainer[Global___Scope.ValueType]:
         """What it may do."""
@@ -112,6 +122,18 @@ class KeyRecord(_message.Message):
     def expires_at(self) -> _timestamp_pb2.Timestamp:
         """Unset: never."""
 
+    @_builtins.property
+    def roles(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Names of roles in the policy document, whose scopes the key has, too."""
+
+    @_builtins.property
+    def models(self) -> Global___ModelList:
+        """Models and adapters it may use; unset: no restriction."""
+
+    @_builtins.property
+    def previous_until(self) -> _timestamp_pb2.Timestamp:
+        """Until when that secret is good, too."""
+
     def __init__(
         self,
         *,
@@ -123,14 +145,43 @@ class KeyRecord(_message.Message):
         created_at: _timestamp_pb2.Timestamp | None = ...,
         expires_at: _timestamp_pb2.Timestamp | None = ...,
         priority: _builtins.int = ...,
+        team: _builtins.str = ...,
+        roles: _abc.Iterable[_builtins.str] | None = ...,
+        models: Global___ModelList | None = ...,
+        previous_hash: _builtins.bytes = ...,
+        previous_until: _timestamp_pb2.Timestamp | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["created_at", b"created_at", "expires_at", b"expires_at"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["created_at", b"created_at", "expires_at", b"expires_at", "models", b"models", "previous_until", b"previous_until"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["created_at", b"created_at", "expires_at", b"expires_at", "key_id", b"key_id", "name", b"name", "priority", b"priority", "scopes", b"scopes", "secret_hash", b"secret_hash", "tenant", b"tenant"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["created_at", b"created_at", "expires_at", b"expires_at", "key_id", b"key_id", "models", b"models", "name", b"name", "previous_hash", b"previous_hash", "previous_until", b"previous_until", "priority", b"priority", "roles", b"roles", "scopes", b"scopes", "secret_hash", b"secret_hash", "team", b"team", "tenant", b"tenant"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___KeyRecord: _TypeAlias = KeyRecord  # noqa: Y015
+
+@_typing.final
+class ModelList(_message.Message):
+    """Names of models and adapters."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAMES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def names(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """A `*` at the end of a name stands for anything."""
+
+    def __init__(
+        self,
+        *,
+        names: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["names", b"names"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ModelList: _TypeAlias = ModelList  # noqa: Y015
 
 @_typing.final
 class PolicyRevision(_message.Message):
@@ -288,6 +339,9 @@ class CreateKeyRequest(_message.Message):
     EXPIRES_AT_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
     SECRET_FIELD_NUMBER: _builtins.int
+    TEAM_FIELD_NUMBER: _builtins.int
+    ROLES_FIELD_NUMBER: _builtins.int
+    MODELS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """For people; 1 to 64 characters."""
     tenant: _builtins.str
@@ -296,13 +350,23 @@ class CreateKeyRequest(_message.Message):
     """Lower runs first; 0 is normal."""
     secret: _builtins.str
     """Set by operators that bring their own secret; empty: the service makes one."""
+    team: _builtins.str
+    """Part of the tenant; empty: none."""
     @_builtins.property
     def scopes(self) -> _containers.RepeatedScalarFieldContainer[Global___Scope.ValueType]:
-        """At least one."""
+        """At least one, or a role."""
 
     @_builtins.property
     def expires_at(self) -> _timestamp_pb2.Timestamp:
         """Unset: never."""
+
+    @_builtins.property
+    def roles(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Names of roles in the policy document."""
+
+    @_builtins.property
+    def models(self) -> Global___ModelList:
+        """Models and adapters it may use; unset: no restriction."""
 
     def __init__(
         self,
@@ -313,10 +377,13 @@ class CreateKeyRequest(_message.Message):
         expires_at: _timestamp_pb2.Timestamp | None = ...,
         priority: _builtins.int = ...,
         secret: _builtins.str = ...,
+        team: _builtins.str = ...,
+        roles: _abc.Iterable[_builtins.str] | None = ...,
+        models: Global___ModelList | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["expires_at", b"expires_at"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["expires_at", b"expires_at", "models", b"models"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["expires_at", b"expires_at", "name", b"name", "priority", b"priority", "scopes", b"scopes", "secret", b"secret", "tenant", b"tenant"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["expires_at", b"expires_at", "models", b"models", "name", b"name", "priority", b"priority", "roles", b"roles", "scopes", b"scopes", "secret", b"secret", "team", b"team", "tenant", b"tenant"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -442,6 +509,70 @@ class RevokeKeyResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___RevokeKeyResponse: _TypeAlias = RevokeKeyResponse  # noqa: Y015
+
+@_typing.final
+class RotateKeyRequest(_message.Message):
+    """Ask for a new secret."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KEY_ID_FIELD_NUMBER: _builtins.int
+    SECRET_FIELD_NUMBER: _builtins.int
+    GRACE_FIELD_NUMBER: _builtins.int
+    key_id: _builtins.str
+    """The key; it keeps its id."""
+    secret: _builtins.str
+    """Set by operators that bring their own secret; empty: the service makes one."""
+    @_builtins.property
+    def grace(self) -> _duration_pb2.Duration:
+        """How long the secret that it has now is good, too; unset: not at all."""
+
+    def __init__(
+        self,
+        *,
+        key_id: _builtins.str = ...,
+        secret: _builtins.str = ...,
+        grace: _duration_pb2.Duration | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["grace", b"grace"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["grace", b"grace", "key_id", b"key_id", "secret", b"secret"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RotateKeyRequest: _TypeAlias = RotateKeyRequest  # noqa: Y015
+
+@_typing.final
+class RotateKeyResponse(_message.Message):
+    """Answer to RotateKey."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KEY_FIELD_NUMBER: _builtins.int
+    SECRET_FIELD_NUMBER: _builtins.int
+    REVISION_FIELD_NUMBER: _builtins.int
+    secret: _builtins.str
+    """Shown once."""
+    revision: _builtins.int
+    """Revision that contains it."""
+    @_builtins.property
+    def key(self) -> Global___KeyRecord:
+        """The record, without its hashes."""
+
+    def __init__(
+        self,
+        *,
+        key: Global___KeyRecord | None = ...,
+        secret: _builtins.str = ...,
+        revision: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["key", b"key"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "revision", b"revision", "secret", b"secret"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RotateKeyResponse: _TypeAlias = RotateKeyResponse  # noqa: Y015
 
 @_typing.final
 class GetPolicyRequest(_message.Message):

@@ -55,6 +55,11 @@ class PolicyServiceStub:
                 request_serializer=inferflux_dot_v1_dot_policy__service__pb2.RevokeKeyRequest.SerializeToString,
                 response_deserializer=inferflux_dot_v1_dot_policy__service__pb2.RevokeKeyResponse.FromString,
                 _registered_method=True)
+        self.RotateKey = channel.unary_unary(
+                '/inferflux.v1.PolicyService/RotateKey',
+                request_serializer=inferflux_dot_v1_dot_policy__service__pb2.RotateKeyRequest.SerializeToString,
+                response_deserializer=inferflux_dot_v1_dot_policy__service__pb2.RotateKeyResponse.FromString,
+                _registered_method=True)
         self.GetPolicy = channel.unary_unary(
                 '/inferflux.v1.PolicyService/GetPolicy',
                 request_serializer=inferflux_dot_v1_dot_policy__service__pb2.GetPolicyRequest.SerializeToString,
@@ -124,6 +129,13 @@ class PolicyServiceServicer:
 
     def RevokeKey(self, request, context):
         """Revokes a key for ever. Callers: operator, gateway.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RotateKey(self, request, context):
+        """Gives a key a new secret, which is in this answer and nowhere else. Callers: operator, gateway.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -207,6 +219,11 @@ def add_PolicyServiceServicer_to_server(servicer, server):
                     servicer.RevokeKey,
                     request_deserializer=inferflux_dot_v1_dot_policy__service__pb2.RevokeKeyRequest.FromString,
                     response_serializer=inferflux_dot_v1_dot_policy__service__pb2.RevokeKeyResponse.SerializeToString,
+            ),
+            'RotateKey': grpc.unary_unary_rpc_method_handler(
+                    servicer.RotateKey,
+                    request_deserializer=inferflux_dot_v1_dot_policy__service__pb2.RotateKeyRequest.FromString,
+                    response_serializer=inferflux_dot_v1_dot_policy__service__pb2.RotateKeyResponse.SerializeToString,
             ),
             'GetPolicy': grpc.unary_unary_rpc_method_handler(
                     servicer.GetPolicy,
@@ -358,6 +375,33 @@ class PolicyService:
             '/inferflux.v1.PolicyService/RevokeKey',
             inferflux_dot_v1_dot_policy__service__pb2.RevokeKeyRequest.SerializeToString,
             inferflux_dot_v1_dot_policy__service__pb2.RevokeKeyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RotateKey(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/inferflux.v1.PolicyService/RotateKey',
+            inferflux_dot_v1_dot_policy__service__pb2.RotateKeyRequest.SerializeToString,
+            inferflux_dot_v1_dot_policy__service__pb2.RotateKeyResponse.FromString,
             options,
             channel_credentials,
             insecure,

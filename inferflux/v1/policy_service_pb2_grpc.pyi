@@ -41,6 +41,8 @@ class PolicyServiceStub:
     """Lists keys without secrets. Callers: operator, gateway."""
     RevokeKey: _grpc.UnaryUnaryMultiCallable[_policy_service_pb2.RevokeKeyRequest, _policy_service_pb2.RevokeKeyResponse]
     """Revokes a key for ever. Callers: operator, gateway."""
+    RotateKey: _grpc.UnaryUnaryMultiCallable[_policy_service_pb2.RotateKeyRequest, _policy_service_pb2.RotateKeyResponse]
+    """Gives a key a new secret, which is in this answer and nowhere else. Callers: operator, gateway."""
     GetPolicy: _grpc.UnaryUnaryMultiCallable[_policy_service_pb2.GetPolicyRequest, _policy_service_pb2.GetPolicyResponse]
     """Reads the policy document, or what it was. Callers: operator, gateway."""
     ApplyPolicy: _grpc.UnaryUnaryMultiCallable[_policy_service_pb2.ApplyPolicyRequest, _policy_service_pb2.ApplyPolicyResponse]
@@ -71,6 +73,8 @@ class PolicyServiceAsyncStub(PolicyServiceStub):
     """Lists keys without secrets. Callers: operator, gateway."""
     RevokeKey: _aio.UnaryUnaryMultiCallable[_policy_service_pb2.RevokeKeyRequest, _policy_service_pb2.RevokeKeyResponse]  # type: ignore[assignment]
     """Revokes a key for ever. Callers: operator, gateway."""
+    RotateKey: _aio.UnaryUnaryMultiCallable[_policy_service_pb2.RotateKeyRequest, _policy_service_pb2.RotateKeyResponse]  # type: ignore[assignment]
+    """Gives a key a new secret, which is in this answer and nowhere else. Callers: operator, gateway."""
     GetPolicy: _aio.UnaryUnaryMultiCallable[_policy_service_pb2.GetPolicyRequest, _policy_service_pb2.GetPolicyResponse]  # type: ignore[assignment]
     """Reads the policy document, or what it was. Callers: operator, gateway."""
     ApplyPolicy: _aio.UnaryUnaryMultiCallable[_policy_service_pb2.ApplyPolicyRequest, _policy_service_pb2.ApplyPolicyResponse]  # type: ignore[assignment]
@@ -122,6 +126,14 @@ class PolicyServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_policy_service_pb2.RevokeKeyResponse, _abc.Awaitable[_policy_service_pb2.RevokeKeyResponse]]:
         """Revokes a key for ever. Callers: operator, gateway."""
+
+    @_abc_1.abstractmethod
+    def RotateKey(
+        self,
+        request: _policy_service_pb2.RotateKeyRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_policy_service_pb2.RotateKeyResponse, _abc.Awaitable[_policy_service_pb2.RotateKeyResponse]]:
+        """Gives a key a new secret, which is in this answer and nowhere else. Callers: operator, gateway."""
 
     @_abc_1.abstractmethod
     def GetPolicy(

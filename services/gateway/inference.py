@@ -22,7 +22,7 @@ from services.gateway import envelope, failures, flow
 from services.gateway.account import ROLE, Account
 from services.gateway.asgi import WRITE_NOW, AsgiScope, ClientGone, Headers, RawHeaders, Receive, Send, header_map
 from services.gateway.audited import Audit
-from services.gateway.auth import Authenticator
+from services.gateway.auth import Authenticator, read_credential
 from services.gateway.call import Call
 from services.gateway.endpoints import ENDPOINTS, Endpoint
 from services.gateway.envelope import BodyLimits
@@ -116,7 +116,7 @@ class Inference:
         if scope["method"] != "POST":
             raise failures.MethodNotAllowed("POST")
         headers = header_map(scope["headers"])
-        account.principal = principal = self.auth.authorize(headers, endpoint.scope)
+        account.principal = principal = await self.auth.authorize(headers, endpoint.scope)
         account.policy = policy = self._policy(headers)
         deadline_at = arrived_at + self._timeout_s(headers)
         account.body = body = await envelope.read_body(receive, headers, self.limits)
@@ -127,7 +127,7 @@ class Inference:
                 endpoint=endpoint,
                 principal=principal,
                 policy=policy,
-                model=self.pool.resolve(known.model),
+                model=self.pool.resolve(known.model, principal.allowance),
                 http=_http_call(endpoint, scope, headers, body),
                 received_at=asyncio.get_running_loop().time(),
                 deadline_at=deadline_at,
@@ -142,7 +142,7 @@ class Inference:
         policies = self.policies()
         if policies is None:
             raise Unavailable("the gateway has no policy yet", retry_after_s=1)
-        return policies.choose(headers.get(b"authorization") or headers.get(b"x-api-key", b""))
+        return policies.choose(read_credential(headers))
 
     def _timeout_s(self, headers: Headers) -> float:
         """Read the client's wish; it can only shorten the deadline."""

@@ -16,7 +16,7 @@ from inferflux.errors import PolicyInvalid
 from inferflux.policy.audit import AuditSection
 from inferflux.policy.document import EMPTY, PolicyDocument, parse
 from inferflux.policy.guardrails import GuardrailsSection
-from inferflux.policy.identity import IdentitySection
+from inferflux.policy.identity import Identity, Issuer, compile_identity
 from inferflux.policy.limits import LimitsSection
 from inferflux.telemetry import metrics
 from services.gateway.auth import KeyRing
@@ -31,7 +31,7 @@ class Policy:
 
     revision: int = 0
     document: PolicyDocument = field(default_factory=PolicyDocument)
-    identity: IdentitySection | None = None
+    identity: Identity = field(default_factory=Identity)
     limits: LimitsSection | None = None
     guardrails: GuardrailsSection | None = None
     audit: AuditSection | None = None
@@ -67,9 +67,20 @@ class Policies:
         return self.candidate if _fraction(self.candidate.revision, credential) < self.share else self.live
 
     @property
+    def issuers(self) -> list[Issuer]:
+        """All issuers of tokens that some client's policy names."""
+        policies = [self.live, *([self.candidate] if self.candidate is not None else [])]
+        return [issuer for policy in policies for issuer in policy.identity.issuers.values()]
+
+    @property
     def shadow(self) -> Policy | None:
         """What is only reported on."""
         return self.candidate if not self.share else None
+
+
+def identity_of(policies: Policies | None, credential: bytes) -> Identity:
+    """Return what a client's policy knows of tenants, roles and issuers."""
+    return policies.choose(credential).identity if policies is not None else Identity()
 
 
 def compile_policy(source: Source) -> Policy:
@@ -78,7 +89,7 @@ def compile_policy(source: Source) -> Policy:
     return Policy(
         revision=source.revision,
         document=document,
-        identity=document.identity,
+        identity=compile_identity(document.identity),
         limits=document.limits,
         guardrails=document.guardrails,
         audit=document.audit,

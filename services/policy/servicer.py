@@ -11,13 +11,14 @@ from typing import Any
 import grpc
 
 from inferflux.errors import InvalidRequest
+from inferflux.policy.identity import Scope
 from inferflux.policy.signature import Signer
 from inferflux.v1 import policy_service_pb2 as pb
 from services.policy.audit_log import AuditLog
 from services.policy.book import KeyBook
 from services.policy.document_servicer import DocumentServicer, to_revision
 from services.policy.keeper import Keeper
-from services.policy.keys import Key, Scope, new_key, new_secret
+from services.policy.keys import Key, hash_secret, new_key, new_secret
 from services.policy.pepper import Pepper
 from services.policy.replicas import Replicas
 
@@ -35,6 +36,7 @@ SCOPES = {
     Scope.READ: pb.SCOPE_READ,
     Scope.ADMIN: pb.SCOPE_ADMIN,
 }
+MAX_GRACE_MS = 90 * 86_400_000
 SCOPES_FROM_PROTO = {number: scope for scope, number in SCOPES.items()}
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -68,6 +70,9 @@ class PolicyServicer(DocumentServicer):
             tenant=request.tenant,
             expires_at_ms=request.expires_at.ToMilliseconds() if request.HasField("expires_at") else None,
             priority=request.priority,
+            team=request.team,
+            roles=request.roles,
+            models=request.models.names if request.HasField("models") else None,
             now_ms=now_ms,
         )
         await self._will(context, "CreateKey", key.key_id)
@@ -86,6 +91,17 @@ class PolicyServicer(DocumentServicer):
         book = await self._keeper.change(lambda stored: stored.revoke(request.key_id, now_ms))
         log.info("key revoked", extra={"key_id": request.key_id, "revision": book.revision})
         return pb.RevokeKeyResponse(revision=book.revision)
+
+    async def RotateKey(self, request: pb.RotateKeyRequest, context: Context) -> pb.RotateKeyResponse:
+        now_ms, secret = self._keeper.now_ms(), request.secret or new_secret()
+        secret_hash, grace_ms = hash_secret(secret, self._pepper), request.grace.ToMilliseconds()
+        if not 0 <= grace_ms <= MAX_GRACE_MS:
+            raise InvalidRequest(f"grace must be 0 to {MAX_GRACE_MS // 1000} seconds", param="grace_s")
+        until_ms = now_ms + grace_ms
+        await self._will(context, "RotateKey", request.key_id)
+        book = await self._keeper.change(lambda stored: stored.rotate(request.key_id, secret_hash, until_ms, now_ms))
+        log.info("key rotated", extra={"key_id": request.key_id, "grace_ms": grace_ms, "revision": book.revision})
+        return pb.RotateKeyResponse(key=_to_record(book.keys[request.key_id]), secret=secret, revision=book.revision)
 
     def _sign(self, book: KeyBook) -> pb.WatchSnapshotResponse:
         """Convert and sign a book once for all watchers."""
@@ -119,7 +135,13 @@ def _to_record(key: Key, *, with_hash: bool = False) -> pb.KeyRecord:
         tenant=key.tenant,
         scopes=[SCOPES[scope] for scope in sorted(key.scopes)],
         priority=key.priority,
+        team=key.team,
+        roles=sorted(key.roles),
+        models=pb.ModelList(names=key.models) if key.models is not None else None,
+        previous_hash=key.previous_hash if with_hash else b"",
     )
+    if key.previous_hash:
+        record.previous_until.FromMilliseconds(key.previous_until_ms)
     record.created_at.FromMilliseconds(key.created_at_ms)
     if key.expires_at_ms is not None:
         record.expires_at.FromMilliseconds(key.expires_at_ms)

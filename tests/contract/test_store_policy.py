@@ -10,10 +10,11 @@ import pytest
 
 from inferflux.clock import ManualClock
 from inferflux.errors import ConfigError, NotFound, PolicyPersistFailed, Unavailable
+from inferflux.policy.identity import Scope
 from services.policy.book import KeyBook
 from services.policy.history import draft, encode_revision
 from services.policy.keeper import Keeper
-from services.policy.keys import Scope, encode_key, new_key
+from services.policy.keys import encode_key, new_key
 from services.policy.pepper import Pepper
 from services.policy.store import PolicyStore
 from services.policy.vault import Vault

@@ -23,6 +23,7 @@ from services.gateway.fleet_api import FleetApi
 from services.gateway.idempotency import Idempotency, RecordLimits, Records
 from services.gateway.inference import Inference
 from services.gateway.matrix import Matrix
+from services.gateway.news import News
 from services.gateway.policy import Policies
 from services.gateway.policy_api import PolicyApi
 from services.gateway.policy_documents import PolicyRevision, PolicyState
@@ -47,6 +48,9 @@ class Policy:
 
     async def create_key(self, key):
         raise Conflict("no new keys here")
+
+    async def rotate_key(self, key_id, grace_s, secret):
+        raise Conflict("no new secrets here")
 
     async def revoke_key(self, key_id):
         return 8
@@ -96,10 +100,10 @@ def app() -> Doorway:
         access_log=None,
     )
     idempotency = Idempotency(inference, Records(ManualClock(), RecordLimits(1, 1)), tasks=None)
-    admin = AdminApi(Policy(), never, FleetApi(Fleet(lambda: ())), Matrix(None, lambda: ()))
+    admin = AdminApi(Policy(), never, FleetApi(Fleet(lambda: ())), Matrix(lambda: (), News()))
     apis = PolicyApi(Documents(), never), PolicyViews(Documents(), never), AuditApi(Documents())
     cache = CacheApi(inference.auth, inference.pool, str)
-    return create_app(idempotency, (admin, cache, *apis), lambda: (MODEL,), Lifecycle("gateway", "g"))
+    return create_app(idempotency, (admin, cache, *apis), lambda _: (MODEL,), Lifecycle("gateway", "g"))
 
 
 @pytest.fixture
@@ -130,6 +134,7 @@ ALL_PATHS = (
     "/v1/models/tiny",
     "/v1/admin/api_keys",
     "/v1/admin/api_keys/key_1",
+    "/v1/admin/api_keys/key_1/rotate",
     "/v1/admin/workers",
     "/v1/admin/workers/decode-0",
     "/v1/admin/workers/decode-0/drain",
@@ -205,6 +210,7 @@ NEEDS = {
     "/v1/models/tiny": {Scope.READ, Scope.GENERATE},
     "/v1/admin/api_keys": set(),
     "/v1/admin/api_keys/key_1": set(),
+    "/v1/admin/api_keys/key_1/rotate": set(),
     "/v1/admin/workers": set(),
     "/v1/admin/workers/decode-0": set(),
     "/v1/admin/workers/decode-0/drain": set(),
@@ -227,7 +233,7 @@ NEEDS = {
 @pytest.mark.parametrize("path", NEEDS)
 async def test_each_route_takes_exactly_its_scopes(client, path):
     """403 for the others, and for nobody else; ADMIN may do everything."""
-    posts = ("drain", "validate", "promote", "rollback")
+    posts = ("drain", "rotate", "validate", "promote", "rollback")
     method = "POST" if path in ENDPOINTS or path.endswith(posts) else "DELETE" if path.endswith("key_1") else "GET"
     for scope in Scope:
         response = await client.request(method, path, headers=bearer(scope), content=b"not json")
