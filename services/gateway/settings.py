@@ -27,6 +27,8 @@ class Settings(CommonSettings):
     """Largest request body; more is answered 413."""
     max_json_depth: int = 64
     """Deepest nesting of a request body; more is answered 400."""
+    max_sequences: int = 128
+    """Most sequences of one request, prompts times choices; more is answered 400."""
     max_header_bytes: int = 32 * 1024
     """Largest request line and headers together; more is answered 431."""
     max_headers: int = 100
@@ -90,4 +92,4 @@ class Settings(CommonSettings):
     @property
     def body_limits(self) -> BodyLimits:
         """The limits of request bodies."""
-        return BodyLimits(self.max_body_bytes, self.max_json_depth, self.slow_client_s)
+        return BodyLimits(self.max_body_bytes, self.max_json_depth, self.slow_client_s, self.max_sequences)
