@@ -283,8 +283,8 @@ LIMIT_RESERVATIONS = Counter(
 )
 LIMIT_REFUSALS = Counter(
     "inferflux_limit_refusals",
-    "Requests refused by a limit, by its scope (key, team, tenant) and kind.",
-    ("scope", "kind"),
+    "Requests refused by a limit, by its kind.",
+    ("kind",),
     registry=REGISTRY,
 )
 LIMIT_SECONDS = TallyHistogram(

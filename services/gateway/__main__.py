@@ -26,13 +26,16 @@ from services.gateway.fleet import Fleet
 from services.gateway.fleet_api import FleetApi
 from services.gateway.idempotency import Idempotency, Records
 from services.gateway.inference import Inference
+from services.gateway.limits_client import LimitsClient
 from services.gateway.matrix import Matrix
 from services.gateway.policy import Policies
 from services.gateway.policy_api import PolicyApi
 from services.gateway.policy_documents import PolicyDocuments
 from services.gateway.pool import Caller, Pool
+from services.gateway.reservations import Reservations
 from services.gateway.server import HttpServer, bind
 from services.gateway.settings import Settings
+from services.gateway.shares import Shares
 from services.gateway.snapshots import Snapshot
 from services.gateway.views import ClusterView
 
@@ -53,10 +56,12 @@ async def serve(settings: Settings, sock: socket.socket, lifecycle: Lifecycle) -
         policy = Snapshot[Policies]("policy")
         pool = Pool(caller, tasks, settings.terms)
         registry = Snapshot[ClusterView]("registry", pool.reconcile)
+        shares = Shares(LimitsClient(policy_channel).exchange, settings.instance_id, SystemClock(), tasks)
         inference = Inference(
             auth=Authenticator(pepper, lambda: policy.value.keys if policy.value is not None else None),
             pool=pool,
             policies=lambda: policy.value,
+            reservations=Reservations(shares),
             limits=settings.body_limits,
             timeout_s=settings.request_timeout_s,
             access_log=LineLog("gateway", settings.instance_id, "request", __name__) if settings.access_log else None,
@@ -72,6 +77,7 @@ async def serve(settings: Settings, sock: socket.socket, lifecycle: Lifecycle) -
         tasks.spawn(policy.follow(policy_client.watch), "policy")
         tasks.spawn(registry.follow(registry_client.watch), "registry")
         tasks.spawn(pool.watch_hearts(), "hearts")
+        tasks.spawn(shares.run(), "limits")
         server = HttpServer(app, settings)
         serving = tasks.spawn(server.serve(sockets=[sock]), "http", may_return=True)
         await server.listening.wait()
@@ -79,6 +85,7 @@ async def serve(settings: Settings, sock: socket.socket, lifecycle: Lifecycle) -
         await lifecycle.draining.wait()
         server.drain()
         await serving
+        await shares.close()
 
 
 def _read_secret(path: Path) -> bytes:
