@@ -24,8 +24,11 @@ from inferflux.process import Tasks
 from inferflux.telemetry import metrics
 from services.gateway.purse import Account, Need, Piece, error_of
 
-PATIENCE_S = 0.25
-"""An exchange that takes longer is not waited for, by requests that may be counted by this gateway alone."""
+PATIENCE_S, PATIENCE_TICKS = 0.25, 10
+"""An exchange that takes longer is not waited for, by requests that may be counted by this gateway alone.
+
+In ticks of our own loop: a gateway that was slow itself does not blame the store.
+"""
 LONG_PATIENCE_S = 2.5
 """Longest that the others wait."""
 TICK_S = 0.1
@@ -47,13 +50,15 @@ class Waiter:
 
 @dataclass(slots=True)
 class Desk:
-    """An account and who waits at it. `limits`: those that shares are wanted of."""
+    """An account and who waits at it. `limits`: those that shares are wanted of. `patience`: ticks that are left."""
 
     account: Account
     waiters: list[Waiter] = field(default_factory=list)
     limits: dict[Name, Limit] = field(default_factory=dict)
     task: asyncio.Task[None] | None = None
     used_at: float = 0.0
+    patience: int = 0
+    alarm: asyncio.TimerHandle = field(init=False)
 
 
 class Shares:
@@ -195,12 +200,13 @@ class Shares:
             others[need.name] = others.get(need.name, 0) + need.amount
         message = account.exchange(needs, list(limits.values()), others)
         asked_at = self._probed_at = self._clock.monotonic()
-        alarm = asyncio.get_running_loop().call_later(PATIENCE_S, self._give_up, desk, "slow")
+        desk.patience = PATIENCE_TICKS
+        self._watch(desk)
         try:
             answer = await self._exchange(message)
         finally:
-            alarm.cancel()
-        if self._clock.monotonic() - asked_at <= PATIENCE_S:
+            desk.alarm.cancel()
+        if desk.patience:
             self._note(is_up=True)
         account.booked()
         if isinstance(answer, Refusal):
@@ -208,6 +214,14 @@ class Shares:
         else:
             account.take_in(message.asks, answer, asked_at)
         self._serve_waiters(desk)
+
+    def _watch(self, desk: Desk) -> None:
+        """Lose patience with an exchange, tick by tick."""
+        if desk.patience:
+            desk.patience -= 1
+            desk.alarm = asyncio.get_running_loop().call_later(PATIENCE_S / PATIENCE_TICKS, self._watch, desk)
+        else:
+            self._give_up(desk, "slow")
 
     def _give_up(self, desk: Desk, reason: str, *, is_final: bool = False) -> None:
         """Let those go on that wait for a store which is away, or slow; then the patient ones stay."""
