@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import socket
 import sys
@@ -37,7 +38,11 @@ from services.gateway.server import HttpServer, bind
 from services.gateway.settings import Settings
 from services.gateway.shares import Shares
 from services.gateway.snapshots import Snapshot
+from services.gateway.usage_api import UsageApi
 from services.gateway.views import ClusterView
+
+KNOWN_S = 1.0
+"""Longest that a start waits for each of policy and registry, and for workers: without them it refuses with 503."""
 
 
 async def serve(settings: Settings, sock: socket.socket, lifecycle: Lifecycle) -> None:
@@ -56,7 +61,8 @@ async def serve(settings: Settings, sock: socket.socket, lifecycle: Lifecycle) -
         policy = Snapshot[Policies]("policy")
         pool = Pool(caller, tasks, settings.terms)
         registry = Snapshot[ClusterView]("registry", pool.reconcile)
-        shares = Shares(LimitsClient(policy_channel).exchange, settings.instance_id, SystemClock(), tasks)
+        limits_client = LimitsClient(policy_channel)
+        shares = Shares(limits_client.exchange, settings.instance_id, SystemClock(), tasks)
         inference = Inference(
             auth=Authenticator(pepper, lambda: policy.value.keys if policy.value is not None else None),
             pool=pool,
@@ -71,13 +77,15 @@ async def serve(settings: Settings, sock: socket.socket, lifecycle: Lifecycle) -
         admin = AdminApi(policy_client, policy.reached, fleet, matrix)
         policy_api = PolicyApi(PolicyDocuments(policy_channel), policy.reached)
         cache = CacheApi(inference.auth, pool, partial(cache_salt, tenant_key))
-        app = create_app(idempotency, (admin, cache, policy_api), pool.models, lifecycle)
+        usage = UsageApi(limits_client, lambda: policy.value.live.limits if policy.value is not None else None)
+        app = create_app(idempotency, (admin, cache, policy_api, usage), pool.models, lifecycle)
         lifecycle.add_readiness("policy", lambda: None if policy.value is not None else "not heard yet")
         lifecycle.add_readiness("workers", pool.objection)
         tasks.spawn(policy.follow(policy_client.watch), "policy")
         tasks.spawn(registry.follow(registry_client.watch), "registry")
         tasks.spawn(pool.watch_hearts(), "hearts")
         tasks.spawn(shares.run(), "limits")
+        await _get_to_know(policy, registry, pool)
         server = HttpServer(app, settings)
         serving = tasks.spawn(server.serve(sockets=[sock]), "http", may_return=True)
         await server.listening.wait()
@@ -86,6 +94,12 @@ async def serve(settings: Settings, sock: socket.socket, lifecycle: Lifecycle) -
         server.drain()
         await serving
         await shares.close()
+
+
+async def _get_to_know(policy: Snapshot[Policies], registry: Snapshot[ClusterView], pool: Pool) -> None:
+    """Learn what there is before clients may come, if that can be had soon: they need not hear of our start."""
+    if all(await asyncio.gather(policy.reached(1, KNOWN_S), registry.reached(1, KNOWN_S))):
+        await pool.met(KNOWN_S)
 
 
 def _read_secret(path: Path) -> bytes:
