@@ -41,6 +41,10 @@ class VllmEngine(Engine):
     def __init__(self, options: EngineOptions, arena: Arena | None, store: PrefixStore | None = None) -> None:
         if options.model_dir is None:
             raise ConfigError("model_dir: the vllm engine needs the model's directory, got none")
+        if arena is not None and options.parallelism.data > 1:
+            raise ConfigError(
+                f"data_parallel: {options.parallelism.data} replicas can't share a prefill worker's arena"
+            )
         self._options = options
         self._arena = arena
         self._store = store
@@ -60,7 +64,7 @@ class VllmEngine(Engine):
         from inferflux.engine.vllm.llm import TicketLLM  # noqa: PLC0415
 
         plugin.register()
-        plugin.fork_engine(self._options.cpu_cores, self._options.threads)
+        plugin.fork_engine(self._options.cpu_cores, self._options.threads, self._options.parallelism.num_ranks)
         arena_fd = self._arena.fd if self._arena is not None else None
         args = server_arguments(self._options, self._dtype, arena_fd, self._reports.write_fd)
         engine_args = AsyncEngineArgs.from_cli_args(args)
@@ -108,9 +112,8 @@ class VllmEngine(Engine):
         return ModelFingerprint(
             weights_digest=self._options.model_digest,
             dtype=self._dtype,
-            layout=f"vllm-{vllm.__version__}/{_packing(config)}",
+            layout=f"vllm-{vllm.__version__}/{_packing(config)}/layer-head",
             block_size=config.cache_config.block_size,
-            tensor_parallel=config.parallel_config.tensor_parallel_size,
         )
 
     async def check_numerics(self) -> None:
@@ -299,10 +302,8 @@ class Inbox:
 
 
 def _merge(reports: list[Report]) -> KvReport:
-    """The worst result, all bytes, the longest time."""
-    worst = min(reports, key=lambda r: ("recomputed", "committed", "unneeded").index(r.result))
-    num_bytes = sum(r.num_bytes for r in reports)
-    return KvReport(worst.ticket_id, worst.result, worst.reason, num_bytes, max(r.transfer_s for r in reports))
+    report = Report.merge(reports)
+    return KvReport(report.ticket_id, report.result, report.reason, report.num_bytes, report.transfer_s)
 
 
 class StepMeter:
