@@ -30,7 +30,8 @@ class Parallelism:
 
     `expert`: the experts of a mixture are spread over the ranks of all replicas instead of being cut like the other
     weights. `executor`: what starts the ranks: uniproc (one rank, inside the engine core), mp (processes of this host),
-    ray (actors, on any host of a Ray cluster), or auto, which is uniproc for one rank and mp for more.
+    ray (actors, on any host of the Ray cluster at `ray_address`), or auto, which is uniproc for one rank and mp for
+    more.
     """
 
     tensor: int = 1
@@ -38,6 +39,7 @@ class Parallelism:
     data: int = 1
     expert: bool = False
     executor: Literal["auto", "uniproc", "mp", "ray"] = "auto"
+    ray_address: str = "auto"
 
     @property
     def num_ranks(self) -> int:

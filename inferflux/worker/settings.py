@@ -63,6 +63,8 @@ class WorkerSettings(CommonSettings):
     executor: Literal["auto", "uniproc", "mp", "ray"] = "auto"
     """What starts the ranks: uniproc (one, in the engine's process), mp (processes of this host), ray (actors of a Ray
     cluster); auto is uniproc for one rank and mp for more."""
+    ray_address: str = "auto"
+    """Where the Ray cluster is, host:port; auto: a node of it runs on this host."""
     sim_profile: Path | None = None
     """Sizes and latencies of the simulated engine."""
     numerics_reference: Path | None = None
@@ -95,14 +97,19 @@ class WorkerSettings(CommonSettings):
                 raise ValueError(f"INFERFLUX_{name.upper()}: {size} is not at least 1")
         if self.executor == "uniproc" and (num_ranks := self.parallelism.num_ranks) > 1:
             raise ValueError(f"INFERFLUX_EXECUTOR: uniproc has one rank, {num_ranks} are wanted")
-        if self.executor == "ray" and importlib.util.find_spec("ray") is None:
-            raise ValueError("INFERFLUX_EXECUTOR: ray is not installed: pip install 'inferflux[ray]'")
+        if self.executor == "ray":
+            _check_ray()
 
     @property
     def parallelism(self) -> Parallelism:
         """How the engine is spread."""
         return Parallelism(
-            self.tensor_parallel, self.pipeline_parallel, self.data_parallel, self.expert_parallel, self.executor
+            self.tensor_parallel,
+            self.pipeline_parallel,
+            self.data_parallel,
+            self.expert_parallel,
+            self.executor,
+            self.ray_address,
         )
 
     @property
@@ -135,6 +142,13 @@ class WorkerSettings(CommonSettings):
             numerics_reference=self.numerics_reference,
             sim_profile=self.sim_profile,
         )
+
+
+def _check_ray() -> None:
+    if importlib.util.find_spec("ray") is None:
+        raise ValueError("INFERFLUX_EXECUTOR: ray is not installed: pip install 'inferflux[ray]'")
+    if os.environ.get("RAY_AUTH_MODE") != "token":
+        raise ValueError("INFERFLUX_EXECUTOR: ray runs code for whoever reaches its ports; set RAY_AUTH_MODE=token")
 
 
 def parse_cores(items: Sequence[str]) -> tuple[int, ...]:

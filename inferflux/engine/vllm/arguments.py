@@ -12,6 +12,15 @@ if TYPE_CHECKING:
 
 CONNECTOR = "ArenaConnector"
 CONNECTOR_MODULE = "inferflux.engine.vllm.connector"
+# What a rank that is no child of ours must find in its environment before it imports anything.
+INHERITED = (
+    "OMP_NUM_THREADS",
+    "THP_MEM_ALLOC_ENABLE",
+    "VLLM_CPU_OMP_THREADS_BIND",
+    "VLLM_LOGGING_LEVEL",
+    "VLLM_PLUGINS",
+    "PYTHONPATH",
+)
 
 
 def set_environment(options: EngineOptions) -> None:
@@ -31,6 +40,8 @@ def set_environment(options: EngineOptions) -> None:
         VLLM_PLUGINS="inferflux",
     )
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    if options.parallelism.executor == "ray":
+        os.environ.update(RAY_ADDRESS=options.parallelism.ray_address, RAY_USAGE_STATS_ENABLED="0")
 
 
 def server_arguments(options: EngineOptions, dtype: str, arena_fd: int | None, reports_fd: int) -> Namespace:
@@ -71,6 +82,10 @@ def _executor(parallelism: Parallelism) -> Any:
 
     That one had a process of its own then, with queues in shared memory that both sides poll.
     """
+    if parallelism.executor == "ray":
+        from inferflux.engine.vllm.ray_executor import RayExecutor  # noqa: PLC0415
+
+        return RayExecutor
     if parallelism.executor == "mp" or parallelism.num_ranks > 1:
         return "mp"
     from vllm.v1.executor.uniproc_executor import UniProcExecutor  # noqa: PLC0415

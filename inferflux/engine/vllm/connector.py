@@ -10,7 +10,9 @@ vLLM schedules the request once `get_transfer_results` names it.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
@@ -25,6 +27,7 @@ from inferflux.engine.vllm import transfer
 from inferflux.engine.vllm.hydrate import Hydrator, Load, LoadPlanner, RankReports
 from inferflux.engine.vllm.publish import Publisher, Save
 from inferflux.engine.vllm.shards import Shard, bytes_by_block
+from inferflux.kv import handout
 from inferflux.kv.arena import Arena
 
 if TYPE_CHECKING:
@@ -55,9 +58,8 @@ class ArenaConnector(KVConnectorBase_V1, SupportsHMA):
     def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig) -> None:
         super().__init__(vllm_config=vllm_config, role=role, kv_cache_config=kv_cache_config)
         extra = self._kv_transfer_config.kv_connector_extra_config
-        arena_fd, reports_fd = extra["arena_fd"], extra["reports_fd"]
-        block_size = vllm_config.cache_config.block_size
-        self._arena = None if arena_fd is None else Arena.attach(arena_fd)
+        reports_fd, block_size = extra["reports_fd"], vllm_config.cache_config.block_size
+        self._arena = None if extra["arena_fd"] is None else attach(extra, role)
         self._layers: list[Bytes] = []
         if role == KVConnectorRole.SCHEDULER:
             self._planner = LoadPlanner(block_size, reports_fd, vllm_config.parallel_config.world_size)
@@ -145,3 +147,14 @@ class ArenaConnector(KVConnectorBase_V1, SupportsHMA):
         """End the hydration thread."""
         if self._role == KVConnectorRole.WORKER:
             self._hydrator.close()
+
+
+def attach(extra: dict[str, Any], role: KVConnectorRole) -> Arena:
+    """Map the worker's arena: forked ranks have inherited its descriptor, others are handed it."""
+    if role == KVConnectorRole.SCHEDULER or "arena_socket" not in extra:
+        return Arena.attach(extra["arena_fd"])
+    fd = handout.take(Path(extra["arena_socket"]))
+    try:
+        return Arena.attach(fd)
+    finally:
+        os.close(fd)

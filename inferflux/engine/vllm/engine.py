@@ -307,12 +307,13 @@ def _merge(reports: list[Report]) -> KvReport:
 
 
 class StepMeter:
-    """vLLM's statistics, as far as a pulse needs them."""
+    """vLLM's statistics, as far as a pulse needs them; of all replicas together."""
 
     def __init__(self) -> None:
         self.num_blocks = 0
-        self._step = self._num_running = 0
-        self._usage = 0.0
+        self._step = 0
+        self._num_running: dict[int, int] = {}
+        self._usage: dict[int, float] = {}
 
     def logger(self) -> Any:
         """A stat logger factory for AsyncLLM."""
@@ -321,25 +322,27 @@ class StepMeter:
         meter = self
 
         class Logger(StatLoggerBase):
-            def __init__(self, vllm_config: Any, engine_index: int = 0) -> None: ...
+            def __init__(self, vllm_config: Any, engine_index: int = 0) -> None:
+                self._index = engine_index
 
             def record(self, scheduler_stats: Any, *args: Any, **kwargs: Any) -> None:
                 if scheduler_stats is not None:
-                    meter.record(scheduler_stats)
+                    meter.record(self._index, scheduler_stats)
 
             def log_engine_initialized(self) -> None: ...
 
         return Logger
 
-    def record(self, stats: Any) -> None:
-        """Called by vLLM after each engine step."""
+    def record(self, replica: int, stats: Any) -> None:
+        """Called by vLLM after each step of an engine."""
         self._step += 1
-        self._num_running = stats.num_running_reqs
-        self._usage = stats.kv_cache_usage
+        self._num_running[replica] = stats.num_running_reqs
+        self._usage[replica] = stats.kv_cache_usage
 
     def load(self, num_unfinished: int, *, is_alive: bool) -> EngineLoad:
-        """The last step's numbers. `num_unfinished`: requests that the engine owes an answer, seen from outside."""
-        num_running = min(self._num_running, num_unfinished)
+        """The last steps' numbers. `num_unfinished`: requests that the engine owes an answer, seen from outside."""
+        num_running = min(sum(self._num_running.values()), num_unfinished)
         num_waiting = num_unfinished - num_running
-        num_free = round(self.num_blocks * (1 - self._usage))
+        usage = sum(self._usage.values()) / max(len(self._usage), 1)
+        num_free = round(self.num_blocks * (1 - usage))
         return EngineLoad(self._step, num_running, num_waiting, 0, num_free, self.num_blocks, is_alive=is_alive)
