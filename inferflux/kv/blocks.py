@@ -13,7 +13,7 @@ Both ways copy layer by layer and digest what was copied while it is in the proc
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,20 +40,6 @@ class BlockShape:
     def slot_bytes(self) -> int:
         return self.num_pieces * (self.piece_bytes + DIGEST_BYTES)
 
-    def pieces(self, slot: Bytes) -> Bytes:
-        """View the pieces of a slot, `[layer, head, byte]`."""
-        return self._split(slot)[0].reshape(self.num_layers, self.num_heads, self.piece_bytes)
-
-    def digests(self, slot: Bytes) -> Bytes:
-        """View the digests in a slot, `[layer, head, byte]`."""
-        return self._split(slot)[1].reshape(self.num_layers, self.num_heads, DIGEST_BYTES)
-
-    def _split(self, slot: Bytes) -> tuple[Bytes, Bytes]:
-        if slot.size != self.slot_bytes:
-            raise ValueError(f"a slot of {slot.size} bytes does not hold {self}, which takes {self.slot_bytes}")
-        at = self.num_pieces * self.piece_bytes
-        return slot[:at], slot[at:]
-
 
 @dataclass(frozen=True, slots=True)
 class Part:
@@ -72,30 +58,49 @@ class Part:
     def num_bytes(self) -> int:
         return len(self.layers) * len(self.heads) * self.shape.piece_bytes
 
-    @property
-    def _columns(self) -> slice:
-        return slice(self.heads.start, self.heads.stop)
-
     def copy_out(self, block: Sequence[Bytes], slot: Bytes) -> None:
         """Copy a block's part, given as the bytes of each layer, into its slot, with the digests of its pieces."""
-        pieces, digests = self.shape.pieces(slot), self.shape.digests(slot)
-        for layer, source in zip(self.layers, block, strict=True):
-            copies = pieces[layer, self._columns]
-            np.copyto(copies.reshape(-1), source)
-            digests[layer, self._columns] = _digests(copies)
+        self._require_fit(slot)
+        digests = _tail(slot, self.shape.num_pieces).data
+        for source, pieces, theirs in zip(block, self._pieces(), self._digests(), strict=True):
+            np.copyto(slot[pieces], source)
+            digests[theirs] = self._digest(slot[pieces])
 
     def copy_in(self, slot: Bytes, block: Sequence[Bytes]) -> bytes:
         """Fill a block's part from a slot.
 
         Returns the slot's digest if this part of it is what is in the block then, and the rest what its digests say.
         """
-        pieces, digests = self.shape.pieces(slot), self.shape.digests(slot).copy()
-        for layer, target in zip(self.layers, block, strict=True):
-            np.copyto(target, pieces[layer, self._columns].reshape(-1))
+        self._require_fit(slot)
+        digests = bytearray(_tail(slot, self.shape.num_pieces))
+        for target, pieces, theirs in zip(block, self._pieces(), self._digests(), strict=True):
+            np.copyto(target, slot[pieces])
             if failpoints.ON:
                 failpoints.hit("xfer.read", target)
-            digests[layer, self._columns] = _digests(target.reshape(len(self.heads), -1))
-        return xxhash.xxh3_128_digest(digests.data)
+            digests[theirs] = self._digest(target)
+        return xxhash.xxh3_128_digest(digests)
+
+    def _pieces(self) -> Iterator[slice]:
+        """Where this part's pieces lie in a slot, layer by layer."""
+        return self._runs(self.shape.piece_bytes)
+
+    def _digests(self) -> Iterator[slice]:
+        """Where their digests lie among all digests."""
+        return self._runs(DIGEST_BYTES)
+
+    def _runs(self, size: int) -> Iterator[slice]:
+        for layer in self.layers:
+            first = layer * self.shape.num_heads + self.heads.start
+            yield slice(first * size, (first + len(self.heads)) * size)
+
+    def _digest(self, pieces: Bytes) -> bytes:
+        """The digests of pieces that lie one behind the other."""
+        view, size = pieces.data, self.shape.piece_bytes
+        return b"".join([xxhash.xxh3_128_digest(view[at : at + size]) for at in range(0, view.nbytes, size)])
+
+    def _require_fit(self, slot: Bytes) -> None:
+        if slot.size != self.shape.slot_bytes:
+            raise ValueError(f"a slot has {slot.size} bytes, {self.shape} takes {self.shape.slot_bytes}")
 
 
 def heads_of_rank(rank: int, num_ranks: int, num_heads: int) -> range:
@@ -111,15 +116,14 @@ def is_first_of_replicas(rank: int, num_ranks: int, num_heads: int) -> bool:
 
 def clear(slot: Bytes, num_pieces: int) -> None:
     """Take the digests out of a slot that is about to be filled: a piece that nobody writes fits none."""
-    slot[-num_pieces * DIGEST_BYTES :] = 0
+    _tail(slot, num_pieces)[:] = 0
 
 
 def slot_digest(slot: Bytes, num_pieces: int) -> bytes:
     """The digest of a slot whose pieces are all there."""
-    return xxhash.xxh3_128_digest(slot[-num_pieces * DIGEST_BYTES :].data)
+    return xxhash.xxh3_128_digest(_tail(slot, num_pieces).data)
 
 
-def _digests(pieces: Bytes) -> Bytes:
-    """Digest each row of `[head, byte]`; returns `[head, digest]`."""
-    digests = b"".join(xxhash.xxh3_128_digest(piece.data) for piece in pieces)
-    return np.frombuffer(digests, np.uint8).reshape(-1, DIGEST_BYTES)
+def _tail(slot: Bytes, num_pieces: int) -> Bytes:
+    """View the digests of a slot."""
+    return slot[slot.size - num_pieces * DIGEST_BYTES :]

@@ -98,7 +98,7 @@ async def test_the_blocks_of_another_prompt_give_other_tokens(
     assert response.token_ids()[1:] != (await alone(engines, call))[1:]
 
 
-@pytest.mark.parametrize(("pair", "head"), product(PAIRS, (0, NUM_HEADS - 1)))
+@pytest.mark.parametrize(("pair", "head"), [*product(PAIRS, (0, NUM_HEADS - 1))])
 async def test_a_flipped_bit_in_the_part_of_any_rank_is_never_used(
     engines: EnginesByRanks, pair: tuple[str, str], head: int
 ) -> None:
