@@ -46,7 +46,7 @@ MODEL = "tiny"
 ADMIN_KEY, GENERATE_KEY, READ_KEY = "test-key-admin", "test-key-generate", "test-key-read"
 PULSE_S = 0.05
 SCOPES = {"generate": policy_pb.SCOPE_GENERATE, "read": policy_pb.SCOPE_READ, "admin": policy_pb.SCOPE_ADMIN}
-FINGERPRINT = pb.ModelFingerprint(weights_digest="w", dtype="float32", layout="l", block_size=16, tensor_parallel=1)
+FINGERPRINT = pb.ModelFingerprint(weights_digest="w", dtype="float32", layout="l", block_size=16)
 GATEWAY_ONLY = frozenset({"gateway"})
 
 
