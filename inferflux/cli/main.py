@@ -363,6 +363,17 @@ def cache(
         command.show(output)
 
 
+@admin_app.command("usage")
+def usage(
+    tenant: Annotated[Optional[str], typer.Option("--tenant", help="Only of this tenant.")] = None,  # noqa: UP045
+    output: Output = Format.TABLE,
+) -> None:
+    """Show what keys, teams and tenants have used of their limits."""
+    from inferflux.cli import usage as command  # noqa: PLC0415
+
+    command.show(tenant, output)
+
+
 def main() -> int:
     """Run one command; returns the exit status that the help text documents."""
     try:

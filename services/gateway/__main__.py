@@ -34,17 +34,21 @@ from services.gateway.fleet_api import FleetApi
 from services.gateway.idempotency import Idempotency, Records
 from services.gateway.inference import Inference
 from services.gateway.jwks import KeySources
+from services.gateway.limits_client import LimitsClient
 from services.gateway.policy import Policies, identity_of
 from services.gateway.policy_api import PolicyApi
 from services.gateway.policy_documents import PolicyDocuments
 from services.gateway.policy_report import PolicyReporter, Trial
 from services.gateway.policy_views import PolicyViews
 from services.gateway.pool import Caller, Pool
+from services.gateway.reservations import Reservations
 from services.gateway.server import HttpServer, bind
 from services.gateway.settings import Settings
+from services.gateway.shares import Shares
 from services.gateway.snapshots import Snapshot
 from services.gateway.spool import Spool
 from services.gateway.tokens import TokenVerifier
+from services.gateway.usage_api import UsageApi
 from services.gateway.views import ClusterView
 
 _log = logging.getLogger(__name__)
@@ -79,6 +83,8 @@ async def serve(settings: Settings, sock: socket.socket, lifecycle: Lifecycle) -
         documents = PolicyDocuments(policy_channel, settings.instance_id)
         pool = Pool(caller, tasks, settings.terms)
         registry = Snapshot[ClusterView]("registry", pool.reconcile)
+        limits_client = LimitsClient(policy_channel)
+        shares = Shares(limits_client.exchange, settings.instance_id, SystemClock(), tasks)
         inference = Inference(
             auth=Authenticator(
                 pepper,
@@ -88,6 +94,7 @@ async def serve(settings: Settings, sock: socket.socket, lifecycle: Lifecycle) -
             ),
             pool=pool,
             policies=lambda: policy.value,
+            reservations=Reservations(shares),
             limits=settings.body_limits,
             timeout_s=settings.request_timeout_s,
             trial=trial,
@@ -98,9 +105,10 @@ async def serve(settings: Settings, sock: socket.socket, lifecycle: Lifecycle) -
         admin = AdminApi(policy_client, policy.reached, FleetApi(Fleet(pool.workers)), pool.matrix)
         policy_api, audit_api = PolicyApi(documents, policy.reached), AuditApi(trail)
         cache = CacheApi(inference.auth, pool, partial(cache_salt, tenant_key))
+        usage = UsageApi(limits_client, lambda: policy.value.live.limits if policy.value is not None else None)
         app = create_app(
             idempotency,
-            (admin, cache, policy_api, PolicyViews(documents, policy.reached), audit_api),
+            (admin, cache, policy_api, PolicyViews(documents, policy.reached), audit_api, usage),
             pool.models,
             lifecycle,
         )
@@ -113,6 +121,7 @@ async def serve(settings: Settings, sock: socket.socket, lifecycle: Lifecycle) -
         tasks.spawn(registry.follow(registry_client.watch), "registry")
         tasks.spawn(pool.watch_hearts(), "hearts")
         tasks.spawn(pool.matrix.scout(), "paths")
+        tasks.spawn(shares.run(), "limits")
         await _get_to_know(policy, registry, pool)
         server = HttpServer(app, settings)
         serving = tasks.spawn(server.serve(sockets=[sock]), "http", may_return=True)
@@ -121,6 +130,7 @@ async def serve(settings: Settings, sock: socket.socket, lifecycle: Lifecycle) -
         await lifecycle.draining.wait()
         server.drain()
         await serving
+        await shares.close()
         await auditor.flush()
 
 

@@ -31,6 +31,7 @@ from services.gateway.policy import Policies, Policy
 from services.gateway.policy_report import Trial
 from services.gateway.pool import Pool
 from services.gateway.reply import Reply
+from services.gateway.reservations import Reservations
 
 REQUEST_ID, POLICY_REVISION = b"x-request-id", b"x-inferflux-policy-rev"
 TIMEOUT = b"x-inferflux-timeout-ms"
@@ -51,6 +52,7 @@ class Inference:
     auth: Authenticator
     pool: Pool
     policies: Callable[[], Policies | None]
+    reservations: Reservations
     limits: BodyLimits
     timeout_s: float
     access_log: LineLog | None
@@ -117,7 +119,7 @@ class Inference:
             raise failures.MethodNotAllowed("POST")
         headers = header_map(scope["headers"])
         account.principal = principal = await self.auth.authorize(headers, endpoint.scope)
-        account.policy = policy = self._policy(headers)
+        account.policy = policy = self.policy(headers)
         deadline_at = arrived_at + self._timeout_s(headers)
         account.body = body = await envelope.read_body(receive, headers, self.limits)
         known = envelope.parse(body, self.limits)
@@ -134,10 +136,10 @@ class Inference:
                 created_s=int(time.time()),
                 traceparent=span.traceparent,
             )
-            async with Lifeline(receive, deadline_at):
+            async with Lifeline(receive, deadline_at), self.reservations.hold(call, known.price, reply):
                 await flow.serve(call, self.pool, reply)
 
-    def _policy(self, headers: Headers) -> Policy:
+    def policy(self, headers: Headers) -> Policy:
         """Choose the policy of a client by its credential. Raises Unavailable."""
         policies = self.policies()
         if policies is None:
