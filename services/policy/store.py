@@ -157,7 +157,7 @@ class PolicyStore:
         """Read a record; None when it is not ours: then a service that knows a good one writes it again."""
         try:
             return decode(self._vault.open(name, text))
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, AttributeError):
             log.error("ignoring a policy record that does not open", extra={"record": name})  # noqa: TRY400 - all said
             return None
 
