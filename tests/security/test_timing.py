@@ -47,8 +47,11 @@ def welch(one: list[int], other: list[int]) -> float:
     limit = sorted([*one, *other])[(len(one) + len(other)) * 9 // 10]
     samples = [[value for value in values if value < limit] for values in (one, other)]
     means = [statistics.fmean(values) for values in samples]
-    error = sum(statistics.variance(values, mean) / len(values) for values, mean in zip(samples, means, strict=True))
-    return float((means[0] - means[1]) / error**0.5)
+    errors = [
+        sum((value - mean) ** 2 for value in values) / (len(values) - 1) / len(values)
+        for values, mean in zip(samples, means, strict=True)
+    ]
+    return float((means[0] - means[1]) / sum(errors) ** 0.5)
 
 
 def twisted(value: bytes) -> bytes:
