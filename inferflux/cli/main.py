@@ -8,9 +8,11 @@ from typing import Annotated, Optional
 
 import typer
 
+from inferflux.cli.audit_commands import app as audit_app
 from inferflux.cli.failure import CliError, Exit
 from inferflux.cli.output import Format, note
 from inferflux.cli.policy_commands import app as policy_app
+from inferflux.cli.policy_commands import view_app
 
 HELP = """InferFlux: disaggregated LLM serving on this machine or elsewhere.
 
@@ -27,7 +29,10 @@ keys_app = typer.Typer(help="API keys.", no_args_is_help=True)
 app.add_typer(server_app, name="server")
 app.add_typer(admin_app, name="admin")
 app.add_typer(policy_app, name="policy")
+app.add_typer(audit_app, name="audit")
 admin_app.add_typer(keys_app, name="api-keys")
+for view, title in (("guardrails", "Guardrails"), ("rate_limit", "Rate limits"), ("budgets", "Budgets")):
+    admin_app.add_typer(view_app(view, title), name=view.replace("_", "-"))
 
 
 class EngineName(StrEnum):
@@ -356,6 +361,17 @@ def cache(
         command.warm(prefix, output)
     else:
         command.show(output)
+
+
+@admin_app.command("usage")
+def usage(
+    tenant: Annotated[Optional[str], typer.Option("--tenant", help="Only of this tenant.")] = None,  # noqa: UP045
+    output: Output = Format.TABLE,
+) -> None:
+    """Show what keys, teams and tenants have used of their limits."""
+    from inferflux.cli import usage as command  # noqa: PLC0415
+
+    command.show(tenant, output)
 
 
 def main() -> int:

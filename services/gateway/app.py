@@ -79,11 +79,14 @@ class Doorway:
         if scope["path"].startswith(STREAMS):
             await self.resumption(scope, receive, send)
             return
-        headers = self.inference.response_headers(new_request_id())
+        request_id, audit = new_request_id(), self.inference.audit
+        headers = self.inference.response_headers(request_id)
 
         async def stamp(message: Message) -> None:
             if message["type"] == "http.response.start":
                 message["headers"] = [*message["headers"], *headers]
+                if audit is not None:
+                    audit.answered(scope, message["status"], request_id)
             await send(message)
 
         await self.app(scope, receive, stamp)
@@ -103,8 +106,11 @@ def create_app(idempotency: Idempotency, admin: Sequence[AdminRoutes], models: M
     app.include_router(_health_routes(lifecycle))
     app.include_router(_metrics_routes(), dependencies=[Depends(Gate(auth, (Scope.READ,), is_open_to_loopback=True))])
     app.include_router(_model_routes(models), dependencies=[Depends(Gate(auth, (Scope.READ, Scope.GENERATE)))])
+    gates = [Depends(Gate(auth, (Scope.ADMIN,)))]
+    if inference.audit is not None:
+        gates.append(Depends(inference.audit.intend))
     for api in admin:
-        app.include_router(api.router(), dependencies=[Depends(Gate(auth, (Scope.ADMIN,)))])
+        app.include_router(api.router(), dependencies=gates)
     for kind in (InferfluxError, HTTPException, Exception):
         app.add_exception_handler(kind, _answer_error)
     return Doorway(app, inference, idempotency, Resumption(inference))

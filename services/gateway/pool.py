@@ -31,6 +31,7 @@ from services.gateway.call import Call
 from services.gateway.heart import TICK_S, Heart
 from services.gateway.link import Link
 from services.gateway.losses import Moves
+from services.gateway.matrix import Matrix
 from services.gateway.news import News
 from services.gateway.poison import Inquest
 from services.gateway.prefill import PrefillLink
@@ -77,7 +78,7 @@ class Peer(Generic[L]):
     is_registered: bool = True
     num_ticks_lost: int = 0
 
-    def candidate(self) -> routing.Candidate:
+    def candidate(self, unreadable_by: frozenset[str] = frozenset()) -> routing.Candidate:
         """Take the worker as it is now."""
         heart, link = self.link.heart, self.link
         return routing.Candidate(
@@ -87,6 +88,7 @@ class Peer(Generic[L]):
             link.num_assigned,
             link.num_local_prefills,
             heart.warmth,
+            unreadable_by=unreadable_by,
         )
 
 
@@ -124,6 +126,7 @@ class Pool:
         self._inquest = Inquest(SystemClock(), News())
         self._prefills: dict[str, Peer[PrefillLink]] = {}
         self._decodes: dict[str, Peer[DecodeSession]] = {}
+        self.matrix = Matrix(self._ready, self._inquest.news)
         self._turns = count()
         self._joins = count()
 
@@ -139,10 +142,6 @@ class Pool:
     def models(self, allowance: Allowance = EVERYTHING) -> tuple[Model, ...]:
         """Known models that may be used. Raises Unavailable as long as the registry was never heard."""
         return tuple(model for model in self._known().models if allowance.permits(model.name))
-
-    def registered(self) -> tuple[Worker, ...]:
-        """Registered workers. Raises Unavailable as long as the registry was never heard."""
-        return self._known().workers
 
     def _known(self) -> ClusterView:
         if self._view is None:
@@ -237,7 +236,7 @@ class Pool:
         return Route(self._decodes[plan.decode].link, prefill, plan.why_local)
 
     def _candidates(self, question: routing.Question) -> list[routing.Candidate]:
-        candidates = [peer.candidate() for peer in self._peers()]
+        candidates = [peer.candidate(self.matrix.unreadable_by(peer.worker)) for peer in self._peers()]
         if not question.is_suspect:
             return candidates
         suspicious = {worker_id for worker_id, peer in self._decodes.items() if peer.link.has_suspects}
@@ -294,6 +293,9 @@ class Pool:
                 is_lost = not (peer.is_registered or peer.link.heart.is_up)
                 peer.num_ticks_lost = peer.num_ticks_lost + 1 if is_lost else 0
             self._forget_lost()
+
+    def _ready(self) -> Iterator[tuple[Worker, Link]]:
+        return ((peer.worker, peer.link) for peer in self._peers() if peer.link.heart.is_ready)
 
     def _peers(self) -> Iterator[Peer[PrefillLink] | Peer[DecodeSession]]:
         return chain(self._prefills.values(), self._decodes.values())

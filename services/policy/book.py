@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from inferflux.errors import Conflict, NotFound
-from services.policy.history import History, Revision
+from services.policy.history import CONFIG, MAX_REASON, SERVICE, History, Revision, draft
 from services.policy.keys import Key
 from services.policy.keys import key_id as key_id_of
 
@@ -105,6 +105,27 @@ class KeyBook:
         book = self.advance(now_ms)
         revision = replace(draft, revision=book.revision, created_at_ms=now_ms)
         return replace(book, history=self.history.add(revision))
+
+    def configure(self, document: bytes | None, now_ms: int) -> KeyBook:
+        """Put in the configured document unless an administrator has ever changed the policy. Idempotent."""
+        newest = self.history.newest
+        if document is None or newest.author not in ("", CONFIG) or newest.document == document:
+            return self
+        return self.apply(draft(document, CONFIG, "as configured"), now_ms)
+
+    def revert(self, number: int, reason: str, now_ms: int) -> KeyBook:
+        """Take a candidate back: the live document is live again. Idempotent."""
+        candidate = self.history.candidate
+        if candidate is None or candidate.revision != number:
+            return self
+        return self.apply(draft(self.history.live.document, SERVICE, reason[:MAX_REASON]), now_ms)
+
+    def undo(self, number: int, now_ms: int) -> KeyBook:
+        """Take the newest revision back, if it is this one, since its author was told that it failed. Idempotent."""
+        if self.history.newest.revision != number:
+            return self
+        reason = f"revision {number} was answered as failed, though the store had taken it"
+        return self.apply(draft(self.history.before(number).live.document, SERVICE, reason), now_ms)
 
     def without_expired(self, now_ms: int) -> KeyBook:
         return replace(self, keys={i: key for i, key in self.keys.items() if not key.is_expired(now_ms)})
