@@ -24,6 +24,7 @@ from tests.support.fake_kube.store import Key, Object, Store, key_of
 MAX_BODY_BYTES = 64 << 20
 FOLLOW_S = 0.1
 _VERBS = {"GET": "get", "POST": "create", "PUT": "update", "PATCH": "patch", "DELETE": "delete"}
+_PLACE = ("name", "namespace")
 Allocate = Callable[[Object], None]
 
 
@@ -157,6 +158,9 @@ class Api:
         return new
 
     def _replace(self, request: web.Request, new: Object, current: Object) -> Object:
+        new["metadata"] = new.get("metadata", {}) | {
+            n: current["metadata"][n] for n in _PLACE if n in current["metadata"]
+        }
         if new["kind"] == "Service" and "clusterIP" in current["spec"]:
             new["spec"].setdefault("clusterIP", current["spec"]["clusterIP"])
         self._admit(request, new, current)

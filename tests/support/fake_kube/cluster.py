@@ -103,6 +103,7 @@ async def _tasks(store: Store, network: Network, kubelet: Kubelet) -> AsyncItera
         await asyncio.gather(*tasks, return_exceptions=True)
         await kubelet.close()
         await network.close()
+        await asyncio.gather(failed, return_exceptions=True)
         if is_broken:
             failed.result()
 

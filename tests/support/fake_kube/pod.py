@@ -14,7 +14,7 @@ from tests.support.fake_kube import environment
 from tests.support.fake_kube.environment import ConfigMissing
 from tests.support.fake_kube.probes import probe
 from tests.support.fake_kube.runtime import Container, ContainerSpec, Mount, start
-from tests.support.fake_kube.store import Key, Object, Store, key_of, now
+from tests.support.fake_kube.store import Key, Object, Store, now
 from tests.support.fake_kube.volumes import Volumes
 
 MAX_HOOK_S = 3600.0
@@ -308,6 +308,13 @@ class PodWorker:
             mounts.append(Mount(source, mount["mountPath"], is_read_only))
         return mounts
 
+    def _condition(self, name: str, *, is_true: bool) -> dict[str, str]:
+        """Make a condition that remembers since when it has been so."""
+        before = {c["type"]: c for c in (self._pod().get("status") or {}).get("conditions", ())}.get(name)
+        if before is not None and before["status"] == str(is_true):
+            return before
+        return {"type": name, "status": str(is_true), "lastTransitionTime": now()}
+
     def _report(self) -> None:
         states = list(self._states.values())
         are_ready = bool(states) and all(state.is_ready for state in states)
@@ -323,12 +330,7 @@ class PodWorker:
             "podIPs": [{"ip": self.address}],
             "hostIP": "127.0.0.1",
             "startTime": self._started_at,
-            "conditions": [{"type": name, "status": str(is_true)} for name, is_true in conditions.items()],
+            "conditions": [self._condition(name, is_true=is_true) for name, is_true in conditions.items()],
             "containerStatuses": [state.to_status() for state in states],
         }
         self.store.set_status(self.key, status)
-
-
-def worker_key(pod: Object) -> tuple[Key, str]:
-    """A pod's name may come again, its uid never."""
-    return key_of(pod), str(pod["metadata"]["uid"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from tests.support.fake_kube.errors import invalid
@@ -51,13 +51,14 @@ def _workload(spec: dict[str, Any]) -> Iterator[Problem]:
     if not selects(spec["selector"], template["metadata"].get("labels") or {}):
         yield "spec.template.metadata.labels", "Invalid value: `selector` does not match template `labels`"
     yield from _metadata(template["metadata"], "spec.template.metadata")
-    yield from _pod(template["spec"], "spec.template.spec")
+    claims = [claim["metadata"]["name"] for claim in spec.get("volumeClaimTemplates") or ()]
+    yield from _pod(template["spec"], "spec.template.spec", claims)
     if template["spec"].get("restartPolicy", "Always") != "Always":
         yield "spec.template.spec.restartPolicy", "Unsupported value: supported values: 'Always'"
 
 
-def _pod(spec: dict[str, Any], path: str) -> Iterator[Problem]:
-    volumes = [volume["name"] for volume in spec.get("volumes") or ()]
+def _pod(spec: dict[str, Any], path: str, claims: Sequence[str] = ()) -> Iterator[Problem]:
+    volumes = [*claims, *(volume["name"] for volume in spec.get("volumes") or ())]
     containers = [*(spec.get("initContainers") or ()), *spec["containers"]]
     for name in _repeated(volumes):
         yield f"{path}.volumes", f"Duplicate value: {name!r}"
