@@ -160,6 +160,7 @@ BAD: list[tuple[str, Any]] = [
     ("logLevel", "LOUD"),
     ("ipv6", "yes"),
     ("images.tag", 1),
+    ("images.registry", "ghcr.io"),
     ("images.pullPolicy", "Sometimes"),
     ("images.pullSecrets", "one"),
     ("images.gateway.repository", ""),

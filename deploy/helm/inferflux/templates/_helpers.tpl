@@ -60,7 +60,7 @@ inferflux.io/pool: {{ . }}
 {{- $images := .root.Values.images -}}
 {{- $tag := .tag | default $images.tag | default .root.Chart.AppVersion -}}
 {{- $name := printf "%s:%s" .repository $tag -}}
-{{- if $images.registry }}{{ printf "%s/%s" $images.registry $name }}{{ else }}{{ $name }}{{ end -}}
+{{- if $images.prefix }}{{ printf "%s/%s" $images.prefix $name }}{{ else }}{{ $name }}{{ end -}}
 {{- end -}}
 
 {{/* What all pods have: no token of the API, one user, no privileges. */}}
