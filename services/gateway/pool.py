@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import chain, count
 from types import TracebackType
@@ -29,6 +30,7 @@ from services.gateway.call import Call
 from services.gateway.heart import TICK_S, Heart
 from services.gateway.link import Link
 from services.gateway.losses import Moves
+from services.gateway.matrix import Matrix
 from services.gateway.news import News
 from services.gateway.poison import Inquest
 from services.gateway.prefill import PrefillLink
@@ -75,7 +77,7 @@ class Peer(Generic[L]):
     is_registered: bool = True
     num_ticks_lost: int = 0
 
-    def candidate(self) -> routing.Candidate:
+    def candidate(self, unreadable_by: frozenset[str] = frozenset()) -> routing.Candidate:
         """Take the worker as it is now."""
         heart, link = self.link.heart, self.link
         return routing.Candidate(
@@ -85,6 +87,7 @@ class Peer(Generic[L]):
             link.num_assigned,
             link.num_local_prefills,
             heart.warmth,
+            unreadable_by=unreadable_by,
         )
 
 
@@ -122,6 +125,7 @@ class Pool:
         self._inquest = Inquest(SystemClock(), News())
         self._prefills: dict[str, Peer[PrefillLink]] = {}
         self._decodes: dict[str, Peer[DecodeSession]] = {}
+        self.matrix = Matrix(self._ready, self._inquest.news)
         self._turns = count()
         self._joins = count()
 
@@ -137,10 +141,6 @@ class Pool:
     def models(self) -> tuple[Model, ...]:
         """Known models. Raises Unavailable as long as the registry was never heard."""
         return self._known().models
-
-    def registered(self) -> tuple[Worker, ...]:
-        """Registered workers. Raises Unavailable as long as the registry was never heard."""
-        return self._known().workers
 
     def _known(self) -> ClusterView:
         if self._view is None:
@@ -229,7 +229,7 @@ class Pool:
         return Route(self._decodes[plan.decode].link, prefill, plan.why_local)
 
     def _candidates(self, question: routing.Question) -> list[routing.Candidate]:
-        candidates = [peer.candidate() for peer in self._peers()]
+        candidates = [peer.candidate(self.matrix.unreadable_by(peer.worker)) for peer in self._peers()]
         if not question.is_suspect:
             return candidates
         suspicious = {worker_id for worker_id, peer in self._decodes.items() if peer.link.has_suspects}
@@ -264,6 +264,17 @@ class Pool:
         is_served = any(peer.link.heart.is_ready for peer in self._decodes.values())
         return None if is_served else "no decode worker is ready"
 
+    async def met(self, timeout_s: float) -> None:
+        """Wait until a decode worker is connected, unless the registry knows of none that is ready."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                while self._expects_decode() and self.objection() is not None:
+                    await self._inquest.news.next()
+
+    def _expects_decode(self) -> bool:
+        workers = self._view.workers if self._view else ()
+        return any(worker.role is Role.DECODE and worker.state is State.READY for worker in workers)
+
     async def watch_hearts(self) -> None:
         """Give up streams that went silent; run until cancelled."""
         while True:
@@ -275,6 +286,9 @@ class Pool:
                 is_lost = not (peer.is_registered or peer.link.heart.is_up)
                 peer.num_ticks_lost = peer.num_ticks_lost + 1 if is_lost else 0
             self._forget_lost()
+
+    def _ready(self) -> Iterator[tuple[Worker, Link]]:
+        return ((peer.worker, peer.link) for peer in self._peers() if peer.link.heart.is_ready)
 
     def _peers(self) -> Iterator[Peer[PrefillLink] | Peer[DecodeSession]]:
         return chain(self._prefills.values(), self._decodes.values())
