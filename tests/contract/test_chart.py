@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import copy
 import json
 import subprocess
@@ -12,6 +13,7 @@ import yaml
 
 from inferflux import pki
 from inferflux.config import env_name
+from inferflux.policy.signature import KEY_FILE, PUBLIC_FILE, public_key
 from inferflux.rpc.mtls import ROLES
 from inferflux.worker.settings import WorkerSettings
 from services.gateway.settings import Settings as GatewaySettings
@@ -117,8 +119,8 @@ def test_settings_are_those_that_processes_read() -> None:
 def test_each_process_gets_its_own_keys_and_no_others(overlay: str) -> None:
     """A role's certificate alone, and of the shared keys those that it uses; the CA's key goes to nobody."""
     wanted = {
-        "gateway": {"pepper.key", "tenant.key", "ops.token"},
-        "policy": {"pepper.key", "ops.token", "redis.url", "api-keys"},
+        "gateway": {"pepper.key", "tenant.key", "snapshot.pub", "ops.token"},
+        "policy": {"pepper.key", "snapshot.key", "ops.token", "redis.url", "api-keys"},
         "registry": {"ops.token", "redis.url"},
         "prefill": {"ticket.key", "ops.token"},
         "decode": {"ticket.key", "ops.token"},
@@ -141,7 +143,10 @@ def test_the_chart_makes_all_keys_and_certificates() -> None:
     """Those of a cluster on one machine, and the token of the operations port."""
     secrets = {s["metadata"]["name"]: s for s in of_kind("laptop", "Secret")}
 
-    assert set(secrets["t-inferflux-keys"]["data"]) == {*pki.SECRETS, "ops.token"}
+    keys = {name: base64.b64decode(text) for name, text in secrets["t-inferflux-keys"]["data"].items()}
+    assert keys.keys() == {*pki.SECRETS, PUBLIC_FILE, "ops.token"}
+    assert {len(keys[name]) for name in pki.SECRETS} == {pki.SECRET_BYTES}
+    assert keys[PUBLIC_FILE] == public_key(keys[KEY_FILE])
     assert {name.removeprefix("t-inferflux-tls-") for name in secrets if "-tls-" in name} == set(ROLES)
 
 
