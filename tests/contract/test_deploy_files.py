@@ -18,14 +18,13 @@ from prometheus_client import Metric
 from inferflux.config import env_name
 from inferflux.telemetry import metrics
 from tests.contract.test_chart import SETTINGS
+from tests.support import kube_tools
 from tests.support.kube_tools import download
 
 REPOSITORY = Path(__file__).parents[2]
 DOCKER = REPOSITORY / "deploy" / "docker"
 ALERTS = REPOSITORY / "deploy" / "helm" / "inferflux" / "files" / "alerts.yaml"
 COMPOSE = ("docker-compose.yml", "docker-compose.gpu.yml", "docker-compose.sim.yml")
-# The last release that has the schema in it; docker compose itself is not on PyPI.
-COMPOSE_SCHEMA = "docker-compose==1.29.2"
 ELSEWHERE = {"INFERFLUX_PORT", "INFERFLUX_MODEL_FOLDER"}
 SUFFIXES = ("_total", "_bucket", "_sum", "_count")
 
@@ -51,7 +50,7 @@ def test_alerts_speak_of_metrics_that_exist() -> None:
 @pytest.mark.parametrize("name", COMPOSE)
 def test_compose_files_fit_the_schema(name: str) -> None:
     """As Compose would read them."""
-    wheel = download(COMPOSE_SCHEMA)
+    wheel = download(kube_tools.COMPOSE)
     with zipfile.ZipFile(wheel) as archive:
         schema = json.loads(archive.read("compose/config/compose_spec.json"))
     document = compose(name)

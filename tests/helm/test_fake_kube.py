@@ -149,6 +149,43 @@ def test_the_python_client_scales_and_meets_conflicts(kube: Cluster) -> None:
     kube.kubectl("delete", "deployment", "python")
 
 
+def test_a_pod_may_do_what_its_account_may(kube: Cluster) -> None:
+    """Pods get a token, an address and a CA; the roles of their account say what the token is good for."""
+    account = {"name": "reader", "namespace": kube.namespace}
+    rule = {"apiGroups": [""], "resources": ["configmaps"], "resourceNames": ["seen"], "verbs": ["get"]}
+    reference = {"apiGroup": "rbac.authorization.k8s.io", "kind": "Role", "name": "reader"}
+    rbac = {"apiVersion": "rbac.authorization.k8s.io/v1", "metadata": account}
+    apply(
+        kube,
+        {"apiVersion": "v1", "kind": "ServiceAccount", "metadata": account},
+        rbac | {"kind": "Role", "rules": [rule]},
+        rbac | {"kind": "RoleBinding", "roleRef": reference, "subjects": [{"kind": "ServiceAccount", **account}]},
+        *({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": name}} for name in ("seen", "hidden")),
+    )
+    code = """
+import json
+from kubernetes import client, config
+config.load_incluster_config()
+api = client.CoreV1Api()
+namespace = open("/var/run/secrets/kubernetes.io/serviceaccount/namespace").read()
+print(api.read_namespaced_config_map("seen", namespace).metadata.name)
+for call in (api.read_namespaced_config_map, api.delete_namespaced_config_map):
+    try:
+        call("hidden", namespace)
+    except client.ApiException as e:
+        print(e.status)
+"""
+    container = SLEEPER | {"command": ["python", "-c", code]}
+    spec = {"serviceAccountName": "reader", "restartPolicy": "Never", "containers": [container]}
+    apply(kube, {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "reader"}, "spec": spec})
+    until(lambda: kube.get("pod", "reader")["status"]["phase"] != "Running", WAIT_S, lambda: "it does not end")
+    until(
+        lambda: kube.get("pod", "reader")["status"]["phase"] == "Succeeded", 5, lambda: kube.kubectl("logs", "reader")
+    )
+
+    assert kube.kubectl("logs", "reader").split() == ["seen", "403", "403"]
+
+
 def test_callers_without_a_token_get_nothing(kube: Cluster) -> None:
     """The API answers nobody whom it does not know."""
     with pytest.raises(AssertionError, match=r"Unauthorized|provide credentials"):

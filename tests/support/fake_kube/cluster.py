@@ -22,7 +22,7 @@ from tests.support.fake_kube import controllers
 from tests.support.fake_kube.api import Api
 from tests.support.fake_kube.kubelet import NAME, Kubelet
 from tests.support.fake_kube.network import Network
-from tests.support.fake_kube.pod import Node
+from tests.support.fake_kube.pod import Access, Node
 from tests.support.fake_kube.rbac import Guard
 from tests.support.fake_kube.store import Store
 
@@ -39,7 +39,8 @@ async def serve(directory: Path, image_env: dict[str, str], opened: tuple[Path, 
     network = Network(store, int(address.split(".")[1]), directory)
     token = secrets.token_hex(16)
     guard = Guard(store, token)
-    node = Node(directory / "pods", directory / "claims", image_env, opened, network.hosts_file)
+    access = Access(address, PORT, directory / "ca.crt", guard.issue)
+    node = Node(directory / "pods", directory / "claims", image_env, opened, network.hosts_file, access)
     kubelet = Kubelet(store, network, node)
     api = Api(store, guard, network.allocate_service, kubelet.log)
     _populate(store)

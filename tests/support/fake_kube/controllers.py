@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Callable
+from datetime import datetime
 from typing import Any
 
 from tests.support.fake_kube import defaults, selectors, semantics
@@ -18,6 +19,7 @@ from tests.support.fake_kube.store import Object, Store, canonical, key_of, owne
 from tests.support.fake_kube.workloads import delete_pod, is_ready, live_pods, make_pod
 
 HASH = "pod-template-hash"
+DELETION_COST = "controller.kubernetes.io/pod-deletion-cost"
 REVISION = "deployment.kubernetes.io/revision"
 
 
@@ -43,8 +45,7 @@ def replica_sets(store: Store) -> None:
         pods = live_pods(store, replica_set)
         missing = replica_set["spec"]["replicas"] - len(pods)
         failure = _create_pods(store, replica_set, missing)
-        surplus = sorted(pods, key=lambda p: (is_ready(p), p["metadata"]["creationTimestamp"], _serial(p)))
-        for pod in _surplus(surplus, -missing):
+        for pod in sorted(pods, key=_value)[: max(0, -missing)]:
             delete_pod(store, pod)
         pods = live_pods(store, replica_set)
         num_ready = sum(is_ready(pod) for pod in pods)
@@ -253,15 +254,11 @@ def _num_pods(store: Store, replica_set: Object) -> int:
     return len(live_pods(store, replica_set))
 
 
-def _surplus(pods: list[Object], count: int) -> list[Object]:
-    """The first are those that are not ready; of the others the youngest go."""
-    idle = [pod for pod in pods if not is_ready(pod)]
-    others = [pod for pod in reversed(pods) if is_ready(pod)]
-    return [*idle, *others][: max(0, count)]
-
-
-def _serial(pod: Object) -> int:
-    return int(pod["metadata"]["resourceVersion"])
+def _value(pod: Object) -> tuple[bool, int, float]:
+    """What to order pods by when some must go: first those that are not ready, then the cheapest, then the youngest."""
+    cost = int((pod["metadata"].get("annotations") or {}).get(DELETION_COST, 0))
+    created = datetime.fromisoformat(pod["metadata"]["creationTimestamp"])
+    return is_ready(pod), cost, -created.timestamp()
 
 
 def _is_endpoint(pod: Object, selector: dict[str, str]) -> bool:

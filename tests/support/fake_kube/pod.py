@@ -18,10 +18,21 @@ from tests.support.fake_kube.store import Key, Object, Store, now
 from tests.support.fake_kube.volumes import Volumes
 
 MAX_HOOK_S = 3600.0
+TOKEN_PATH = "/var/run/secrets/kubernetes.io/serviceaccount"
 # Kubernetes begins at 10 s; tests have less patience.
 FIRST_BACKOFF_S, MAX_BACKOFF_S = 0.5, 10.0
 RETRY_S = 0.5
 REFRESH_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Access:
+    """How pods reach the API. `issue` makes a token of a service account."""
+
+    host: str
+    port: int
+    ca_file: Path
+    issue: Callable[[str, str], str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +44,7 @@ class Node:
     image_env: Mapping[str, str]
     opened: tuple[Path, ...]
     hosts_file: Callable[[str], Path]
+    api: Access
 
 
 @dataclass(slots=True)
@@ -279,7 +291,8 @@ class PodWorker:
         pod = self._pod()
         if not container.get("command"):
             raise ConfigMissing(f"container {container['name']!r} has no command, and images are not known here")
-        env = environment.build(self.store, pod, container, self.node.image_env)
+        service = {"KUBERNETES_SERVICE_HOST": self.node.api.host, "KUBERNETES_SERVICE_PORT": str(self.node.api.port)}
+        env = environment.build(self.store, pod, container, {**self.node.image_env, **service})
         argv = [environment.expand(a, env) for a in [*container["command"], *(container.get("args") or ())]]
         of_pod, own = pod["spec"].get("securityContext") or {}, container.get("securityContext") or {}
         security = of_pod | own
@@ -287,7 +300,7 @@ class PodWorker:
         return ContainerSpec(
             argv=argv,
             env=env,
-            mounts=[*self._mounts(container), Mount(self.node.hosts_file(self.key[1]), "/etc/hosts", True)],
+            mounts=[*self._mounts(container), *self._own_mounts()],
             scratch=self._directory / container["name"],
             working_dir=container.get("workingDir", "/"),
             user=security.get("runAsUser"),
@@ -306,6 +319,20 @@ class PodWorker:
             kinds = next(v for v in self._pod()["spec"]["volumes"] if v["name"] == mount["name"])
             is_read_only = bool(mount.get("readOnly")) or bool(kinds.keys() & {"secret", "configMap", "projected"})
             mounts.append(Mount(source, mount["mountPath"], is_read_only))
+        return mounts
+
+    def _own_mounts(self) -> list[Mount]:
+        """What a pod has without asking: names, and a token of its service account unless somebody declines it."""
+        mounts = [Mount(self.node.hosts_file(self.key[1]), "/etc/hosts", True)]
+        spec, namespace = self._pod()["spec"], self.key[1]
+        account = self.store.get("ServiceAccount", namespace, spec["serviceAccountName"]) or {}
+        if spec.get("automountServiceAccountToken", account.get("automountServiceAccountToken", True)):
+            path = self._directory / "token"
+            path.mkdir(exist_ok=True)
+            (path / "token").write_text(self.node.api.issue(namespace, spec["serviceAccountName"]))
+            (path / "namespace").write_text(namespace)
+            (path / "ca.crt").write_bytes(self.node.api.ca_file.read_bytes())
+            mounts.append(Mount(path, TOKEN_PATH, True))
         return mounts
 
     def _condition(self, name: str, *, is_true: bool) -> dict[str, str]:

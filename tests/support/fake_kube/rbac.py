@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -28,13 +29,17 @@ class Guard:
         self._store = store
         self._users = {admin_token: "system:admin"}
 
-    def add_service_account(self, namespace: str, name: str, token: str) -> None:
+    def issue(self, namespace: str, name: str) -> str:
+        """Make a token of a service account."""
+        token = secrets.token_hex(16)
         self._users[token] = f"system:serviceaccount:{namespace}:{name}"
+        return token
 
     def authenticate(self, header: str) -> str:
         """Return the user. Raises ApiError for a token that is none."""
-        user = self._users.get(header.removeprefix("Bearer "))
-        if user is None:
+        kind, _, token = header.partition(" ")
+        user = self._users.get(token)
+        if kind.lower() != "bearer" or user is None:
             raise ApiError(401, "Unauthorized", "Unauthorized")
         return user
 

@@ -126,7 +126,7 @@ def _script(spec: ContainerSpec) -> str:
         f"mount -t tmpfs -o mode=755 scratch {base}",
         f"mkdir {base}/upper {base}/work {root}",
         f"mount -t overlay overlay -o lowerdir=/,upperdir={base}/upper,workdir={base}/work {root}",
-        *(f"chmod o+x {root}{shlex.quote(str(path))}" for path in spec.opened),
+        *(f"chmod a+x {root}{shlex.quote(str(path))}" for path in spec.opened),
         f"mount -t proc proc {root}/proc",
         f"mount --rbind /sys {root}/sys",
         f"mount --rbind /dev {root}/dev",
@@ -143,12 +143,13 @@ def _script(spec: ContainerSpec) -> str:
 
 
 def _mount(mount: Mount, root: str) -> list[str]:
-    source, target = shlex.quote(str(mount.source)), root + shlex.quote(mount.target)
-    make = f"mkdir -p {target}"
-    if mount.source.is_file():
-        make = f"mkdir -p $(dirname {target}) && touch {target}"
-    lines = [make, f"mount --bind {source} {target}"]
-    return [*lines, f"mount -o remount,bind,ro {target}"] if mount.is_read_only else lines
+    """Mount one thing where the container's own links say that its target is."""
+    source = shlex.quote(str(mount.source))
+    lines = [f"target={root}$(chroot {root} realpath -m {shlex.quote(mount.target)})"]
+    is_file = mount.source.is_file()
+    lines += ['mkdir -p "${target%/*}"', 'touch "$target"'] if is_file else ['mkdir -p "$target"']
+    lines += [f'mount --bind {source} "$target"']
+    return [*lines, 'mount -o remount,bind,ro "$target"'] if mount.is_read_only else lines
 
 
 def _as_user(spec: ContainerSpec) -> list[str]:

@@ -11,7 +11,6 @@ from typing import Any
 from tests.support.fake_kube.environment import ConfigMissing, data_of, field
 from tests.support.fake_kube.store import Object, Store
 
-TOKEN_PATH = "/var/run/secrets/kubernetes.io/serviceaccount"
 Files = dict[str, tuple[bytes, int]]
 
 
