@@ -18,6 +18,7 @@ from typing import Generic, Self, TypeVar
 
 from inferflux.clock import SystemClock, until_tick
 from inferflux.errors import InferfluxError, ModelNotFound, NotFound, NoWorker, Unavailable
+from inferflux.policy.identity import EVERYTHING, Allowance
 from inferflux.process import Tasks
 from inferflux.rpc.client import open_channel
 from inferflux.rpc.mtls import Identity
@@ -138,22 +139,28 @@ class Pool:
         for peer in self._peers():
             peer.is_registered = peer.worker.worker_id in registered
 
-    def models(self) -> tuple[Model, ...]:
-        """Known models. Raises Unavailable as long as the registry was never heard."""
-        return self._known().models
+    def models(self, allowance: Allowance = EVERYTHING) -> tuple[Model, ...]:
+        """Known models that may be used. Raises Unavailable as long as the registry was never heard."""
+        return tuple(model for model in self._known().models if allowance.permits(model.name))
 
     def _known(self) -> ClusterView:
         if self._view is None:
             raise Unavailable("the gateway has not heard the registry yet", retry_after_s=1)
         return self._view
 
-    def resolve(self, name: str | None) -> str:
-        """Return the model that a call means. Raises ModelNotFound or Unavailable."""
-        models = self.models()
+    def resolve(self, name: str | None, allowance: Allowance = EVERYTHING) -> str:
+        """Return the model that a call means. Raises ModelNotFound or Unavailable.
+
+        A model that may not be used is, for whoever asks, not there.
+        """
+        models = self.models(allowance)
         if name is None:
             default = next((model for model in models if model.is_default), models[0] if models else None)
+            if default is None and allowance.lists:
+                raise ModelNotFound("there is no model to use", param="model")
             return default.name if default else ""
-        if all(model.name != name for model in models) and all(peer.worker.model != name for peer in self._peers()):
+        is_there = any(model.name == name for model in models) or any(p.worker.model == name for p in self._peers())
+        if not (is_there and allowance.permits(name)):
             raise ModelNotFound(f"the model {name!r} does not exist", param="model")
         return name
 
