@@ -216,6 +216,9 @@ BAD: list[tuple[str, Any]] = [
     ("pools.0.decode.threads", 0),
     ("pools.0.decode.drainSeconds", 0),
     ("pools.0.decode.engineArgs", "--x"),
+    ("pools.0.decode.parallelism.tensor", 0),
+    ("pools.0.decode.parallelism.executor", "threads"),
+    ("policy.audit.size", "much"),
 ]
 CROSSED: list[tuple[str, dict[str, Any]]] = [
     ("gateway.autoscaling.minReplicas", {"gateway": {"autoscaling": {"enabled": True, "minReplicas": 9}}}),
@@ -230,6 +233,7 @@ CROSSED_POOL: list[tuple[str, dict[str, Any]]] = [
     ("pools[0].sharedMemory", {"sharedMemory": {"claim": "a", "hostPath": "/b"}}),
     ("pools[0].transport", {"sharedMemory": None}),
     ("pools[0].decode.autoscaling.maxReplicas", {"decode.autoscaling": {"enabled": True, "minReplicas": 1}}),
+    ("pools[0].prefill.parallelism.rayAuthSecret", {"prefill.parallelism": {"tensor": 2, "executor": "ray"}}),
     ("pools[0].decode.rollout", {"decode.rollout": {"maxSurge": 0, "maxUnavailable": 0}}),
 ]
 

@@ -146,6 +146,7 @@ def test_no_request_failed_meanwhile(kube: Cluster, load: Load) -> None:
 def test_uninstall_leaves_nothing(kube: Cluster) -> None:
     """No object, no pod, no process."""
     kube.helm("uninstall", RELEASE, "--wait", "--timeout", "120s")
+    kube.kubectl("delete", "pod", f"{FULL}-test")  # helm leaves the pods of tests, for their logs
     until(lambda: not kube.get("pods")["items"], WAIT_S, lambda: f"left: {_names(kube.get('pods')['items'])}")
     kinds = "deployments,statefulsets,services,secrets,configmaps,serviceaccounts,networkpolicies,poddisruptionbudgets"
     left = [item["metadata"]["name"] for item in kube.get(kinds)["items"]]

@@ -35,6 +35,10 @@
 {{- fail (printf "%s.%s.autoscaling.minReplicas: %v is above maxReplicas %v" $at $role $scaling.minReplicas $scaling.maxReplicas) -}}
 {{- end -}}
 {{- end -}}
+{{- $parallelism := $spec.parallelism | default dict -}}
+{{- if and (eq ($parallelism.executor | default "auto") "ray") (not $parallelism.rayAuthSecret) -}}
+{{- fail (printf "%s.%s.parallelism.rayAuthSecret: missing; the executor ray needs a Secret with the cluster's token" $at $role) -}}
+{{- end -}}
 {{- $rollout := $spec.rollout | default dict -}}
 {{- if and (hasKey $rollout "maxSurge") (hasKey $rollout "maxUnavailable") (has (toString $rollout.maxSurge) (list "0" "0%")) (has (toString $rollout.maxUnavailable) (list "0" "0%")) -}}
 {{- fail (printf "%s.%s.rollout: maxSurge and maxUnavailable are both 0: nothing could ever change" $at $role) -}}
