@@ -102,14 +102,16 @@ def test_identity_hides_its_key_and_names_what_is_missing(tmp_path: Path) -> Non
     [
         ([spiffe_id("gateway")], "gateway"),
         (["gateway.inferflux.internal", spiffe_id("gateway")], "gateway"),
-        (["gateway.inferflux.internal"], None),
+        (["gateway.inferflux.internal"], "gateway"),
+        (["gateway.inferflux.internal", spiffe_id("operator")], None),
+        (["gateway.elsewhere.internal"], None),
         ([spiffe_id("gateway"), spiffe_id("operator")], None),
         (["spiffe://elsewhere/role/gateway"], None),
         ([], None),
     ],
 )
 def test_a_caller_has_exactly_one_role(names: list[str], expected: str | None) -> None:
-    """Only a single SPIFFE id of our domain counts."""
+    """Only a single role counts, told by a SPIFFE id or a name of our domain."""
     context = {"x509_subject_alternative_name": [name.encode() for name in names]}
 
     assert caller_role(context) == expected
