@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import MAXYEAR, UTC, datetime
 
-from inferflux.policy.limits import Kind, Limit, Scope, Span
+from inferflux.policy.limits import Name, Span
 
 WINDOW_S = 60
 SHARE_S = 1
@@ -30,19 +30,6 @@ SHARE_DIVISOR = 8
 HOLD_S = 15
 """How long the requests of a gateway count that says nothing."""
 DAY_S = 86_400
-
-
-@dataclass(frozen=True, slots=True)
-class Name:
-    """A counter."""
-
-    scope: Scope
-    owner: str
-    kind: Kind
-
-    @classmethod
-    def of(cls, limit: Limit) -> Name:
-        return cls(limit.scope, limit.owner, limit.kind)
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,14 +26,13 @@ from inferflux.policy.counting import (
     Ask,
     Booking,
     Exchange,
-    Name,
     Refusal,
     Share,
     counts_until,
     share_slot,
     slot_at,
 )
-from inferflux.policy.limits import Kind, Scope, Span
+from inferflux.policy.limits import Kind, Name, Scope, Span
 from inferflux.telemetry import metrics
 
 ANSWER_TIMEOUT_S = 1.0

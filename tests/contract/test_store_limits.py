@@ -9,8 +9,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from inferflux.errors import Unavailable
-from inferflux.policy.counting import Ask, Booking, Counters, Exchange, Name, Refusal
-from inferflux.policy.limits import Kind, Scope
+from inferflux.policy.counting import Ask, Booking, Counters, Exchange, Refusal
+from inferflux.policy.limits import Kind, Name, Scope
 from services.policy.limits_store import LimitsStore
 from tests.support.redis_server import RedisServer, redis_binaries
 
