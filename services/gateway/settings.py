@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from inferflux.config import CommonSettings, env_name
 from services.gateway.envelope import BodyLimits
@@ -67,9 +68,15 @@ class Settings(CommonSettings):
     """Answer 503 for want of a prefill worker, instead of letting decode workers compute prompts."""
     access_log: bool = True
     """One line per inference request."""
+    spool_dir: Path = Path()
+    """Where audit records wait while the policy service is away; default home/spool."""
+    audit_spool_bytes: int = 64 * MIB
+    """Most bytes of such records; then those of requests are lost, and actions of administrators refused."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.spool_dir == Path():
+            object.__setattr__(self, "spool_dir", self.home / "spool")
         required = ("policy_address", "registry_address")
         if missing := [env_name(name) for name in required if not getattr(self, name)]:
             raise ValueError("\n".join(f"{name}: missing" for name in missing))
