@@ -152,7 +152,7 @@ class Counters:
 
     def reset_s(self, name: Name, now_s: float) -> float:
         """Say when nothing that counts now will count any more."""
-        return max((entry.until - now_s for entry in self._live(name, now_s).values()), default=0.0)
+        return max((entry.until - now_s for entry in self._live(name, now_s).values() if entry.amount), default=0.0)
 
     def book(self, now_s: float, holder: str, booking: Booking) -> None:
         """Change one entry. It is never less than nothing."""

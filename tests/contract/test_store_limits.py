@@ -138,6 +138,17 @@ async def test_every_key_is_ours_and_expires(store, server):
     assert server.command("DBSIZE") == ":4"
 
 
+async def test_what_a_budget_had_is_put_back_when_the_store_has_lost_it(store, server):
+    """By a service that has seen it; what was given back before is not charged again."""
+    await exchange(store, ask(need=60))
+    server.command("FLUSHALL")
+    assert isinstance(await exchange(store, ask(need=50)), Refusal)
+
+    await exchange(store, batch_id="a", bookings=[Booking(DAILY, 19_675, -60)])
+    (share,) = await exchange(store, ask(need=50))
+    assert share.used == 50
+
+
 async def test_garbage_in_an_entry_counts_for_nothing(store, server):
     """And is not what ends the service."""
     server.command("HSET", "ifx:{limits.acme}:tenant:acme:tokens_per_day", "19675", "garbage", "x", "-5 9e99")
