@@ -31,9 +31,8 @@ local function look(key)
     local amount, till = read(all[i + 1])
     if till == 0 then
       redis.call('HDEL', key, all[i])
-    else
-      live[#live + 1], used = {amount, till}, used + amount
-      if amount > 0 then newest = math.max(newest, till) end
+    elseif amount > 0 then
+      live[#live + 1], used, newest = {amount, till}, used + amount, math.max(newest, till)
     end
   end
   return live, used, newest - now

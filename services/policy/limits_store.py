@@ -3,7 +3,8 @@
 Layout: `ifx:{limits.<tenant>}:<scope>:<owner>:<kind>` a hash of entries; `ifx:{limits.<tenant>}:batch:<id>` exists
 while a batch of bookings might be sent again. All of a tenant lies on one node of a Redis cluster. All keys expire.
 
-What a budget had when this service last saw it is put back if Redis has lost it. Every failure of Redis, slow answers included, is Unavailable: what failed so may still have happened.
+What a budget had when this service last saw it is put back if Redis has lost it. Every failure of Redis, slow answers
+included, is Unavailable: what failed so may still have happened.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ class LimitsStore:
             )
         except ValueError as e:
             raise ConfigError("INFERFLUX_REDIS_URL: must be a redis://, rediss:// or unix:// URL") from e
-        self._seen: dict[Name, Booking] = {}
+        self._seen: dict[str, Booking] = {}
         self._redis: Client = redis.Redis.from_pool(pool)
         self._script = self._redis.register_script(_SCRIPT.read_text(encoding="utf-8"))
 
@@ -84,12 +85,10 @@ class LimitsStore:
     async def exchange(self, now_s: float, exchange: Exchange) -> list[Share] | Refusal:
         """Book, then give what is asked, all or nothing; see Counters.exchange. Raises Unavailable."""
         tenant, asks = exchange.tenant, exchange.asks
-        names = {item.name for item in (*exchange.bookings, *asks)}
-        seen = [self._seen[name] for name in sorted(names & self._seen.keys(), key=str)]
-        bookings = [
-            *((booking, "lost") for booking in seen),
-            *((booking, _how(booking)) for booking in exchange.bookings),
-        ]
+        names = [*(booking.name for booking in exchange.bookings), *(ask.name for ask in asks)]
+        seen = {counter: self._seen[counter] for name in names if (counter := _counter(tenant, name)) in self._seen}
+        bookings = [(booking, "lost") for booking in seen.values()]
+        bookings += [(booking, _how(booking)) for booking in exchange.bookings]
         counters = [*(booking.name for booking, _ in bookings), *(ask.name for ask in asks)]
         keys = [_key(tenant, f"batch:{exchange.batch_id}"), *(_counter(tenant, name) for name in counters)]
         arguments: list[str | int] = [int(now_s * 1000), int(bool(exchange.batch_id))]
@@ -101,7 +100,7 @@ class LimitsStore:
         with _unavailable(), metrics.STORE_SECONDS.labels("limits").time():
             answer = _answer([int(number) for number in await self._script(keys, arguments)], asks, now_s)
         if not isinstance(answer, Refusal):
-            self._see(asks, answer)
+            self._see(tenant, asks, answer)
         return answer
 
     async def usage(self, now_s: float, tenant: str = "") -> list[Usage]:
@@ -111,13 +110,13 @@ class LimitsStore:
                 found = [usage async for usage in self._usages(now_s, tenant or "*")]
         return sorted(found, key=lambda usage: (usage.name.scope, usage.name.owner, usage.name.kind))
 
-    def _see(self, asks: Sequence[Ask], shares: Sequence[Share]) -> None:
+    def _see(self, tenant: str, asks: Sequence[Ask], shares: Sequence[Share]) -> None:
         """Remember what budgets have: they are worth more than a minute."""
         if len(self._seen) > MAX_SEEN:
             self._seen.clear()
         for ask, share in zip(asks, shares, strict=True):
             if ask.name.kind.span in (Span.DAY, Span.MONTH):
-                self._seen[ask.name] = Booking(ask.name, share.slot, share.used)
+                self._seen[_counter(tenant, ask.name)] = Booking(ask.name, share.slot, share.used)
 
     async def _usages(self, now_s: float, tenant: str) -> AsyncIterator[Usage]:
         num_left = MAX_COUNTERS

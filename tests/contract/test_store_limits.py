@@ -63,7 +63,7 @@ async def exchange(store, *asks, now_s=NOW_S, tenant="acme", holder="gateway-0",
 
 @given(st.lists(steps, max_size=6))
 @settings(
-    max_examples=100,
+    max_examples=60,
     report_multiple_bugs=False,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
