@@ -1,0 +1,444 @@
+"""How many replica-hours do recorded loads cost, and how many requests meet their goals, under each way of scaling?
+
+    python -m bench.planner --trace ../shared/data/azure_llm_2023_code.csv
+    python -m bench.planner                       # a synthetic hour, made here
+
+A discrete-event simulation in virtual time. The planner is the real one (services/registry/planner); the others are a
+fixed size, the algorithm of Kubernetes' HorizontalPodAutoscaler on CPU, and the same on the length of the queue. Each
+of the others gets the setting with which it is cheapest, found by trying all of them on the very same trace, as long as
+it meets the goals of as many requests as the planner does: hindsight that no operator has.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import heapq
+import json
+import math
+import random
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from inferflux.types import Role
+from services.registry.planner.scaler import Reading, Scaler
+from services.registry.planner.scaling import Load
+from services.registry.planner.spec import PoolSpec
+
+PERIOD_S = 5.0
+HPA_PERIOD_S, HPA_TOLERANCE, HPA_STABILIZATION_S = 15.0, 0.1, 300.0
+CPU_WINDOW_S = 60.0
+MAX_REPLICAS = 200
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """What one replica does. guess: the order of magnitude of an 8-billion-parameter model on one data-centre GPU.
+
+    A prompt takes `prefill_base_s` and its tokens over `prefill_tokens_per_s`; a decode step of k sequences takes
+    `step_s + k * step_per_sequence_s`; a decode replica has room for `kv_tokens` and `max_sequences`.
+    """
+
+    prefill_base_s: float = 0.02
+    prefill_tokens_per_s: float = 8000.0
+    step_s: float = 0.012
+    step_per_sequence_s: float = 0.0005
+    max_sequences: int = 64
+    kv_tokens: int = 400_000
+    warm_up_s: float = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Goals:
+    """What a request must get: seconds to its first token, and per token after it."""
+
+    ttft_s: float
+    tpot_s: float
+
+
+@dataclass(slots=True)
+class Request:
+    """One request of a trace, and what became of it."""
+
+    at: float
+    num_prompt: int
+    num_output: int
+    first_at: float = math.inf
+    done_at: float = math.inf
+
+    def meets(self, goals: Goals) -> bool:
+        """Whether it got both."""
+        tpot_s = (self.done_at - self.first_at) / max(1, self.num_output - 1)
+        return self.first_at - self.at <= goals.ttft_s and tpot_s <= goals.tpot_s
+
+
+@dataclass(slots=True)
+class View:
+    """What a way of scaling may know at one moment. `cpu`: share of the last minute that each ready replica was busy."""
+
+    now: float
+    num_starting: int
+    load: Load
+    arrived_tokens: float
+    busy_tokens_per_s: float | None
+    cpu: list[float]
+
+
+Controller = Callable[[View], int]
+
+
+@dataclass(slots=True, eq=False)
+class Replica:
+    """One worker in the simulation; `log` are the times it began and ended to be busy, in the last minute or so."""
+
+    ready_at: float
+    began_at: float
+    is_draining: bool = False
+    is_gone: bool = False
+    log: deque[tuple[float, float]] = field(default_factory=deque)
+    busy_since: float | None = None
+    running: list[tuple[float, int, Request]] = field(default_factory=list)
+    tokens_done: float = 0.0
+    looked_at: float = 0.0
+    version: int = 0
+
+    def set_busy(self, now: float, *, is_busy: bool) -> None:
+        """Note a change."""
+        if is_busy and self.busy_since is None:
+            self.busy_since = now
+        elif not is_busy and self.busy_since is not None:
+            self.log.append((self.busy_since, now))
+            self.busy_since = None
+
+    def busy_share(self, now: float) -> float:
+        """Busy share of the last minute, or of its life if that is shorter."""
+        since = max(now - CPU_WINDOW_S, self.ready_at)
+        while self.log and self.log[0][1] <= since:
+            self.log.popleft()
+        busy_s = sum(end - max(begin, since) for begin, end in self.log)
+        busy_s += now - max(self.busy_since, since) if self.busy_since is not None else 0.0
+        return busy_s / max(1e-9, now - since)
+
+
+class Pool:
+    """One pool in virtual time: a queue, replicas that start, serve and drain, and someone who decides how many."""
+
+    def __init__(self, profile: Profile, size: int, controller: Controller | None, period_s: float) -> None:
+        self.profile = profile
+        self.sizes: list[tuple[float, int]] = [(0.0, size)]
+        self.replica_s = 0.0
+        self.arrived_tokens = 0.0
+        self.latencies: deque[tuple[float, float]] = deque()
+        self.queue: deque[Request] = deque()
+        self._controller = controller
+        self._period_s = period_s
+        self._was_queued = False
+        self._events: list[tuple[float, int, Callable[[float], None]]] = []
+        self._num_events = 0
+        self._replicas = [Replica(0.0, 0.0) for _ in range(size)]
+
+    def run(self, requests: Sequence[Request], until: float) -> None:
+        """Serve all requests; the controller looks until the end of the trace."""
+        for request, at in self.arrivals(requests):
+            self.at(at, lambda now, request=request: self.arrive(now, request))
+        if self._controller is not None:
+            for i in range(1, int(until / self._period_s) + 1):
+                self.at(i * self._period_s, self.look)
+        while self._events:
+            now, _, action = heapq.heappop(self._events)
+            action(now)
+        for replica in self._replicas:
+            if not replica.is_gone:
+                self.replica_s += until - replica.began_at
+
+    def at(self, when: float, action: Callable[[float], None]) -> None:
+        """Have something done later."""
+        self._num_events += 1
+        heapq.heappush(self._events, (when, self._num_events, action))
+
+    def arrivals(self, requests: Sequence[Request]) -> Iterator[tuple[Request, float]]:
+        """When each request comes here."""
+        raise NotImplementedError
+
+    def arrive(self, now: float, request: Request) -> None:
+        """Take a request in."""
+        self.queue.append(request)
+        self.dispatch(now)
+
+    def dispatch(self, now: float) -> None:
+        """Give waiting requests to replicas that have room."""
+        raise NotImplementedError
+
+    def load(self, now: float) -> tuple[Load, float | None]:
+        """Say what the pool has to do, and how fast a replica is, if that shows."""
+        raise NotImplementedError
+
+    def ready(self, now: float) -> list[Replica]:
+        """List the replicas that take requests."""
+        return [r for r in self._replicas if r.ready_at <= now and not r.is_draining]
+
+    def p90(self, now: float) -> float | None:
+        """What 9 of 10 requests of the last minute got."""
+        while self.latencies and self.latencies[0][0] < now - 60:
+            self.latencies.popleft()
+        values = sorted(value for _, value in self.latencies)
+        return values[int(0.9 * (len(values) - 1))] if len(values) >= 5 else None
+
+    def look(self, now: float) -> None:
+        """Let the controller decide, and do it."""
+        assert self._controller is not None
+        load, busy = self.load(now)
+        starting = [r for r in self._replicas if r.ready_at > now and not r.is_draining]
+        view = View(now, len(starting), load, self.arrived_tokens, busy, [r.busy_share(now) for r in self.ready(now)])
+        self.arrived_tokens = 0.0
+        size, wanted = load.num_ready + len(starting), min(MAX_REPLICAS, self._controller(view))
+        if wanted != size:
+            self.sizes.append((now, wanted))
+        for _ in range(wanted - size):
+            replica = Replica(now + self.profile.warm_up_s, now)
+            self._replicas.append(replica)
+            self.at(replica.ready_at, self.dispatch)
+        victims = starting + sorted(self.ready(now), key=lambda r: len(r.running))
+        for replica in victims[: max(0, size - wanted)]:
+            replica.is_draining = True
+            self.retire(now, replica)
+
+    def retire(self, now: float, replica: Replica) -> None:
+        """Stop paying for a draining replica that has nothing left to do."""
+        if replica.is_draining and not replica.running and not replica.is_gone:
+            replica.is_gone = True
+            self.replica_s += now - replica.began_at
+            self._replicas.remove(replica)
+
+
+class PrefillPool(Pool):
+    """Each replica computes one prompt after the other."""
+
+    def arrivals(self, requests: Sequence[Request]) -> Iterator[tuple[Request, float]]:
+        return ((request, request.at) for request in requests)
+
+    def arrive(self, now: float, request: Request) -> None:
+        self.arrived_tokens += request.num_prompt
+        super().arrive(now, request)
+
+    def dispatch(self, now: float) -> None:
+        idle = [r for r in self.ready(now) if not r.running]
+        while self.queue and idle:
+            replica, request = idle.pop(), self.queue.popleft()
+            span_s = self.profile.prefill_base_s + request.num_prompt / self.profile.prefill_tokens_per_s
+            replica.running.append((now, 0, request))
+            replica.set_busy(now, is_busy=True)
+            self.at(now + span_s, lambda at, replica=replica, request=request: self.finish(at, replica, request))
+
+    def finish(self, now: float, replica: Replica, request: Request) -> None:
+        request.first_at = now
+        self.latencies.append((now, now - request.at))
+        replica.running.clear()
+        replica.tokens_done += request.num_prompt
+        self.dispatch(now)
+        if not replica.running:
+            replica.set_busy(now, is_busy=False)
+        self.retire(now, replica)
+
+    def load(self, now: float) -> tuple[Load, float | None]:
+        ready = self.ready(now)
+        running = [r.running[0] for r in self._replicas if r.running]
+        rate = self.profile.prefill_tokens_per_s
+        left = sum(max(0.0, request.num_prompt - (now - began_at) * rate) for began_at, _, request in running)
+        queued = left + sum(request.num_prompt for request in self.queue)
+        is_queued = bool(self.queue)
+        busy = rate if is_queued and self._was_queued else None
+        self._was_queued = is_queued
+        return Load(len(ready), len(running), len(self.queue), queued, latency_s=self.p90(now)), busy
+
+
+class DecodePool(Pool):
+    """Each replica runs a batch; every step gives each sequence one token and takes longer the more there are.
+
+    A replica's `tokens_done` is how many steps it made; a sequence ends at the step it is listed with.
+    """
+
+    def arrivals(self, requests: Sequence[Request]) -> Iterator[tuple[Request, float]]:
+        return ((request, request.first_at) for request in requests)
+
+    def dispatch(self, now: float) -> None:
+        while self.queue:
+            request = self.queue[0]
+            able = [r for r in self.ready(now) if self.has_room(r, request)]
+            if not able:
+                return
+            self.queue.popleft()
+            replica = min(able, key=lambda r: len(r.running))
+            self.advance(now, replica)
+            end = replica.tokens_done + max(1, request.num_output - 1)
+            heapq.heappush(replica.running, (end, id(request), request))
+            replica.set_busy(now, is_busy=True)
+            self.expect(now, replica)
+
+    def has_room(self, replica: Replica, request: Request) -> bool:
+        used = sum(r.num_prompt + r.num_output for _, _, r in replica.running)
+        fits = used + request.num_prompt + request.num_output <= self.profile.kv_tokens
+        return not replica.running or (fits and len(replica.running) < self.profile.max_sequences)
+
+    def advance(self, now: float, replica: Replica) -> None:
+        """Bring a replica's steps up to now."""
+        replica.tokens_done += (now - replica.looked_at) / self.step_s(len(replica.running)) if replica.running else 0
+        replica.looked_at = now
+
+    def step_s(self, num_sequences: int) -> float:
+        return self.profile.step_s + num_sequences * self.profile.step_per_sequence_s
+
+    def expect(self, now: float, replica: Replica) -> None:
+        """Plan the end of the sequence that ends first; what was planned before no longer holds."""
+        replica.version += 1
+        if replica.running:
+            left_s = (replica.running[0][0] - replica.tokens_done) * self.step_s(len(replica.running))
+            version = replica.version
+            self.at(now + max(0.0, left_s), lambda at: self.finish(at, replica, version))
+
+    def finish(self, now: float, replica: Replica, version: int) -> None:
+        if version != replica.version:
+            return
+        self.advance(now, replica)
+        while replica.running and replica.running[0][0] <= replica.tokens_done + 1e-6:
+            _, _, request = heapq.heappop(replica.running)
+            request.done_at = now
+            self.arrived_tokens += request.num_output
+            self.latencies.append((now, (now - request.first_at) / max(1, request.num_output - 1)))
+        if not replica.running:
+            replica.set_busy(now, is_busy=False)
+        self.expect(now, replica)
+        self.dispatch(now)
+        self.retire(now, replica)
+
+    def load(self, now: float) -> tuple[Load, float | None]:
+        ready = self.ready(now)
+        running = [entry[2] for r in ready for entry in r.running]
+        used = sum(r.num_prompt + r.num_output for r in (*running, *self.queue))
+        kv_demand = used / (max(1, len(ready)) * self.profile.kv_tokens)
+        load = Load(len(ready), len(running), len(self.queue), kv_demand=kv_demand, latency_s=self.p90(now))
+        return load, None
+
+
+def planner(profile: Profile, role: Role, goals: Goals, size: int) -> Controller:
+    """The real one, with nothing given but the goal: what a replica can do it learns."""
+    scaler = Scaler()
+    spec = PoolSpec(
+        model="m",
+        role=role,
+        min_replicas=1,
+        max_replicas=MAX_REPLICAS,
+        slo_ms=1000 * (goals.ttft_s if role is Role.PREFILL else goals.tpot_s),
+        warm_up_s=profile.warm_up_s,
+    )
+    max_sequences = profile.max_sequences if role is Role.DECODE else 0
+
+    def decide(view: View) -> int:
+        reading = Reading(view.load, view.num_starting, view.arrived_tokens, view.busy_tokens_per_s, max_sequences)
+        return scaler.look(view.now, reading, spec).target
+
+    return decide
+
+
+class Hpa:
+    """The HorizontalPodAutoscaler's algorithm: a ratio of a measure to its target, tolerance, rate limit, stabilization.
+
+    `ratio(view)` is the measure over the target for the pods that are ready; see kubernetes.io, "Horizontal Pod
+    Autoscaling", algorithm details.
+    """
+
+    def __init__(self, ratio: Callable[[View], float]) -> None:
+        self._ratio = ratio
+        self._recommended: deque[tuple[float, int]] = deque()
+
+    def __call__(self, view: View) -> int:
+        current = view.load.num_ready + view.num_starting
+        wanted = min(max(1, self._wanted(view, current)), max(2 * current, current + 4), MAX_REPLICAS)
+        self._recommended.append((view.now, wanted))
+        while self._recommended[0][0] <= view.now - HPA_STABILIZATION_S:
+            self._recommended.popleft()
+        return wanted if wanted >= current else min(current, max(n for _, n in self._recommended))
+
+    def _wanted(self, view: View, current: int) -> int:
+        ratio = self._ratio(view)
+        if abs(ratio - 1) <= HPA_TOLERANCE:
+            return current
+        if ratio > 1 and view.num_starting:  # pods that are not ready count as if they used nothing
+            ratio = ratio * view.load.num_ready / current
+            if ratio <= 1 + HPA_TOLERANCE:
+                return current
+            return math.ceil(ratio * current - 1e-9)
+        return math.ceil(ratio * view.load.num_ready - 1e-9)
+
+
+def on_cpu(target: float) -> Controller:
+    """Scale on the average busy share of the replicas: an engine's process computes or polls while it has work."""
+    return Hpa(lambda view: (sum(view.cpu) / max(1, len(view.cpu))) / target)
+
+
+def on_queue(target: float) -> Controller:
+    """Scale on the number of waiting requests per replica (an AverageValue metric; unready pods are no matter)."""
+
+    def decide(view: View) -> float:
+        return view.load.num_waiting / target / max(1, view.load.num_ready)
+
+    return Hpa(decide)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """One pool under one way of scaling."""
+
+    way: str
+    role: Role
+    setting: str
+    attainment: float
+    replica_hours: float
+    max_size: int
+    reversals: int
+    worst_window: int
+
+
+def simulate(
+    role: Role,
+    way: str,
+    setting: str,
+    trace: Sequence[Request],
+    profile: Profile,
+    goals: Goals,
+    size: int,
+    controller: Controller | None,
+    period_s: float,
+) -> Outcome:
+    """Run one pool over the trace. Prefill writes `first_at` into the requests, decode starts from there."""
+    until = trace[-1].at
+    pool = (PrefillPool if role is Role.PREFILL else DecodePool)(profile, size, controller, period_s)
+    pool.run(trace, until)
+
+    def good(r: Request) -> bool:
+        if role is Role.PREFILL:
+            return r.first_at - r.at <= goals.ttft_s
+        return (r.done_at - r.first_at) / max(1, r.num_output - 1) <= goals.tpot_s
+
+    turns = reversals(pool.sizes)
+    return Outcome(
+        way,
+        role,
+        setting,
+        sum(map(good, trace)) / len(trace),
+        pool.replica_s / 3600,
+        max(n for _, n in pool.sizes),
+        len(turns),
+        max((sum(a <= b < a + 600 for b in turns) for a in turns), default=0),
+    )
+
+
+def reversals(sizes: Sequence[tuple[float, int]]) -> list[float]:
+    """When the size changed its direction."""
+    moves = [(at, b - a) for (_, a), (at, b) in pairwise(sizes) if b != a]
+    return [at for (_, before), (at, after) in pairwise(moves) if before * after < 0]
