@@ -136,7 +136,7 @@ def _longest_wait_s(arrivals: Iterable[tuple[float, float]], tokens_per_s: float
     for span_s, tokens in arrivals:
         queued = max(0.0, queued + tokens - tokens_per_s * span_s)
         worst = max(worst, queued)
-    return worst / tokens_per_s if worst else 0.0
+    return worst / tokens_per_s if tokens_per_s else math.inf if worst else 0.0
 
 
 def _smallest(is_enough: Callable[[int], bool]) -> int:

@@ -101,13 +101,10 @@ class PoolSpec:
     def _problems(self) -> list[str]:
         checks = {
             f"model {self.model[:64]!r} is not a model's name": bool(NAME.fullmatch(self.model)),
-            f"min_replicas {self.min_replicas} is not from 0 to {MAX_REPLICAS}": 0 <= self.min_replicas <= MAX_REPLICAS,
+            f"min_replicas {self.min_replicas} is not from 1 to {MAX_REPLICAS}": 1 <= self.min_replicas <= MAX_REPLICAS,
             f"max_replicas {self.max_replicas} is not from 1 to {MAX_REPLICAS}": 1 <= self.max_replicas <= MAX_REPLICAS,
             f"min_replicas {self.min_replicas} is more than max_replicas {self.max_replicas}": (
                 self.min_replicas <= self.max_replicas
-            ),
-            f"a decode pool needs min_replicas of at least 1, not {self.min_replicas}": (
-                self.role is not Role.DECODE or self.min_replicas >= 1
             ),
             f"utilization {self.utilization:g} is not above 0 and at most 1": 0 < self.utilization <= 1,
             f"target {self.target[:64]!r} is neither deployment/NAME nor statefulset/NAME": (
@@ -145,7 +142,7 @@ def _text(value: object) -> str:
 
 def _integer(value: object) -> int:
     if not isinstance(value, int) or isinstance(value, bool):
-        raise ValueError("must be a whole number")
+        raise ValueError("must be a whole number")  # noqa: TRY004
     return value
 
 
