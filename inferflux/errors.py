@@ -5,6 +5,7 @@
     |   +-- BodyTooLarge          413
     |   +-- HeadersTooLarge       431
     |   +-- IdempotencyKeyReused  422
+    |   +-- PolicyInvalid         400
     |   +-- RequestTimeout        408
     |       +-- SlowConsumer      408
     +-- Unauthenticated           401 UNAUTHENTICATED
@@ -18,6 +19,7 @@
     |   +-- KvTransportDegraded   503                      retryable
     +-- DeadlineExceeded          504 DEADLINE_EXCEEDED
     +-- Conflict                  409 ABORTED
+    +-- PolicyPersistFailed       500 UNAVAILABLE          retryable
     +-- KvError                   500 FAILED_PRECONDITION  (never reaches a client: the prompt is computed again)
     |   +-- TicketInvalid, TicketForeign, TicketExpired, TicketConflict, KvStale, KvDigestMismatch, KvIncompatible,
     |       KvUnreachable, ArenaFull
@@ -66,6 +68,12 @@ class HeadersTooLarge(InvalidRequest):
 
 class IdempotencyKeyReused(InvalidRequest):
     reason, http_status = "IDEMPOTENCY_KEY_REUSED", 422
+
+
+class PolicyInvalid(InvalidRequest):
+    """All problems of a policy document at once, one per line in `message`, each with its JSON path."""
+
+    reason = "POLICY_INVALID"
 
 
 class RequestTimeout(InvalidRequest):
@@ -120,6 +128,12 @@ class DeadlineExceeded(InferfluxError):
 
 class Conflict(InferfluxError):
     reason, http_status, grpc_code = "CONFLICT", 409, grpc.StatusCode.ABORTED
+
+
+class PolicyPersistFailed(InferfluxError):
+    """The store did not take a change of the policy; nothing has changed."""
+
+    reason, grpc_code, is_retryable = "POLICY_PERSIST_FAILED", grpc.StatusCode.UNAVAILABLE, True
 
 
 class KvError(InferfluxError):

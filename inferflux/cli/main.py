@@ -10,6 +10,7 @@ import typer
 
 from inferflux.cli.failure import CliError, Exit
 from inferflux.cli.output import Format, note
+from inferflux.cli.policy_commands import app as policy_app
 
 HELP = """InferFlux: disaggregated LLM serving on this machine or elsewhere.
 
@@ -25,6 +26,7 @@ admin_app = typer.Typer(help="Administration.", no_args_is_help=True)
 keys_app = typer.Typer(help="API keys.", no_args_is_help=True)
 app.add_typer(server_app, name="server")
 app.add_typer(admin_app, name="admin")
+app.add_typer(policy_app, name="policy")
 admin_app.add_typer(keys_app, name="api-keys")
 
 

@@ -256,6 +256,13 @@ STORE_UP = Gauge(
     registry=REGISTRY,
 )
 
+POLICY_REFUSED = Counter(
+    "inferflux_policy_refused",
+    "Policies that a gateway did not use and kept the last good one, by why: signature, document.",
+    ("reason",),
+    registry=REGISTRY,
+)
+
 # --- planner ----------------------------------------------------------------------------------------------------------
 
 POOL_REPLICAS = Gauge(

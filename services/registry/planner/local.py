@@ -12,6 +12,8 @@ from inferflux.errors import Unavailable
 from services.registry.planner.pool import Member
 from services.registry.planner.spec import PoolSpec
 
+TIMEOUT_S = 2.0
+
 
 class LocalActuator:
     """Speaks to the supervisor of this home. A worker that is retired is not started again when it ends."""
@@ -33,6 +35,6 @@ class LocalActuator:
 
     async def _ask(self, op: str, **fields: object) -> dict[str, Any]:
         try:
-            return await asyncio.to_thread(control.ask, self._socket, op, **fields)
+            return await asyncio.to_thread(lambda: control.ask(self._socket, op, timeout_s=TIMEOUT_S, **fields))
         except (control.NotRunning, ValueError) as e:
             raise Unavailable(f"the supervisor: {e}") from e

@@ -87,7 +87,7 @@ class PoolSpec:
         known = {f.name: f for f in fields(cls)}
         problems = [f"unknown key {str(key)[:64]!r}" for key in document if key not in known]
         problems += [f"{f.name}: missing" for f in known.values() if f.default is MISSING and f.name not in document]
-        values = {}
+        values: dict[str, Any] = {}
         for key, value in document.items():
             if key in known:
                 try:

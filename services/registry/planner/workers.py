@@ -50,13 +50,13 @@ class WorkerClient:
     ) -> None:
         async with AsyncExitStack() as stack:
             for line in self._lines.values():
-                stack.push_async_callback(line.channel.close)
+                stack.push_async_callback(line.channel.close, None)
 
     async def look(self, workers: Iterable[Worker]) -> list[Member]:
         """Ask all these workers at once; forgets those that are not among them."""
         known = {worker.worker_id: worker for worker in workers}
         for worker_id in self._lines.keys() - known.keys():
-            await self._lines.pop(worker_id).channel.close()
+            await self._lines.pop(worker_id).channel.close(None)
         return list(await asyncio.gather(*(self._look_at(worker) for worker in known.values())))
 
     async def drain(self, worker: Worker, budget_s: float) -> None:
@@ -83,7 +83,7 @@ class WorkerClient:
         channel = open_channel(worker.address, self._identity, worker.role)
         line = self._lines[worker.worker_id] = Line(worker.address, channel, WorkerAdminServiceStub(channel))
         if known is not None:
-            await known.channel.close()
+            await known.channel.close(None)
         return line
 
 
