@@ -11,6 +11,7 @@ import typer
 from inferflux.cli.failure import CliError, Exit
 from inferflux.cli.output import Format, note
 from inferflux.cli.policy_commands import app as policy_app
+from inferflux.cli.pool_commands import pools_app
 
 HELP = """InferFlux: disaggregated LLM serving on this machine or elsewhere.
 
@@ -27,6 +28,7 @@ keys_app = typer.Typer(help="API keys.", no_args_is_help=True)
 app.add_typer(server_app, name="server")
 app.add_typer(admin_app, name="admin")
 app.add_typer(policy_app, name="policy")
+app.add_typer(pools_app, name="pools")
 admin_app.add_typer(keys_app, name="api-keys")
 
 
@@ -125,17 +127,6 @@ def models(output: Output = Format.TABLE) -> None:
     from inferflux.cli.server import show_models  # noqa: PLC0415
 
     show_models(output)
-
-
-@app.command()
-def pools(
-    matrix: Annotated[bool, typer.Option("--matrix", help="Measure every pair of decode and prefill worker.")] = False,
-    output: Output = Format.TABLE,
-) -> None:
-    """Show the registered workers, or how fast KV gets from one to the other."""
-    from inferflux.cli.pools import show_matrix, show_workers  # noqa: PLC0415
-
-    (show_matrix if matrix else show_workers)(output)
 
 
 @app.command()

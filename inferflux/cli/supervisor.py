@@ -170,7 +170,8 @@ class Supervisor:
     def _shrink(self, role: str, size: int, first: Sequence[str]) -> dict[str, Any]:
         """Retire workers, `first` and then the newest, until so many are left; somebody drains them."""
         wanted = self._wanted(role)
-        ranked = sorted(wanted[::-1], key=lambda child: child.spec.id not in first)
+        newest_first = wanted[::-1]
+        ranked = sorted(newest_first, key=lambda child: child.spec.id not in first)
         retired = ranked[: max(0, len(wanted) - size)]
         for child in retired:
             child.retire(partial(self._forget, child))

@@ -31,6 +31,7 @@ from services.gateway.policy import Policies
 from services.gateway.policy_api import PolicyApi
 from services.gateway.policy_documents import PolicyDocuments
 from services.gateway.pool import Caller, Pool
+from services.gateway.pools_api import PoolsApi
 from services.gateway.server import HttpServer, bind
 from services.gateway.settings import Settings
 from services.gateway.snapshots import Snapshot
@@ -66,7 +67,7 @@ async def serve(settings: Settings, sock: socket.socket, lifecycle: Lifecycle) -
         admin = AdminApi(policy_client, policy.reached, fleet, matrix)
         policy_api = PolicyApi(PolicyDocuments(policy_channel), policy.reached)
         cache = CacheApi(inference.auth, pool, partial(cache_salt, tenant_key))
-        app = create_app(idempotency, (admin, cache, policy_api), pool.models, lifecycle)
+        app = create_app(idempotency, (admin, cache, policy_api, PoolsApi(registry_channel)), pool.models, lifecycle)
         lifecycle.add_readiness("policy", lambda: None if policy.value is not None else "not heard yet")
         lifecycle.add_readiness("workers", pool.objection)
         tasks.spawn(policy.follow(policy_client.watch), "policy")

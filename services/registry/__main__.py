@@ -23,7 +23,7 @@ from inferflux.v1.registry_service_pb2_grpc import add_RegistryServiceServicer_t
 from services.registry.directory import LEASE_S, Directory
 from services.registry.planner import servicer as pools
 from services.registry.planner.actuator import Actuator
-from services.registry.planner.lease import Lease, RedisLease
+from services.registry.planner.lease import TURNS, Lease, RedisLease
 from services.registry.planner.local import LocalActuator
 from services.registry.planner.planner import Planner
 from services.registry.planner.servicer import PoolServicer
@@ -34,8 +34,7 @@ from services.registry.servicer import CALLERS, RegistryServicer
 from services.registry.store import RegistryStore
 
 DRAIN_S = 1.0
-MAX_PERIOD_S = 5.0
-"""A third of the planner's lease: a leader may miss one turn."""
+MAX_PERIOD_S = 60.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,16 +101,16 @@ async def serve(settings: Settings, lifecycle: Lifecycle) -> None:
 
 def _hands(settings: Settings, lifecycle: Lifecycle, store: PlannerStore) -> tuple[Actuator | None, Lease]:
     """Make what the planner acts through, and what makes it the only one. Raises ConfigError."""
-    owner = f"{settings.instance_id}.{lifecycle.incarnation}"
+    owner, ttl_s = f"{settings.instance_id}.{lifecycle.incarnation}", TURNS * settings.planner_period_s
     match settings.planner:
         case "kubernetes":
             from services.registry.planner import k8s  # noqa: PLC0415 - 60 MB that only this needs
 
-            return k8s.connect(settings.kube_namespace, owner)
+            return k8s.connect(settings.kube_namespace, owner, ttl_s)
         case "local":
-            return LocalActuator(Home(settings.home).supervisor_socket), RedisLease(store, owner)
+            return LocalActuator(Home(settings.home).supervisor_socket), RedisLease(store, owner, ttl_s)
         case "advise":
-            return None, RedisLease(store, owner)
+            return None, RedisLease(store, owner, ttl_s)
 
 
 def main() -> int:

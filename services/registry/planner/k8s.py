@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import Callable, Collection, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,7 +22,6 @@ from urllib3.exceptions import HTTPError
 
 from inferflux.clock import Clock, SystemClock
 from inferflux.errors import ConfigError, InvalidRequest, NotFound, PermissionDenied, Unavailable
-from services.registry.planner.lease import TTL_S
 from services.registry.planner.pool import Member
 from services.registry.planner.spec import PoolSpec
 
@@ -34,7 +34,7 @@ T = TypeVar("T")
 _log = logging.getLogger(__name__)
 
 
-def connect(namespace: str, owner: str) -> tuple[KubernetesActuator, KubernetesLease]:
+def connect(namespace: str, owner: str, ttl_s: float) -> tuple[KubernetesActuator, KubernetesLease]:
     """Connect as this pod, or as KUBECONFIG says. Raises ConfigError when there is neither."""
     try:
         config.load_incluster_config()  # type: ignore[no-untyped-call]
@@ -47,7 +47,9 @@ def connect(namespace: str, owner: str) -> tuple[KubernetesActuator, KubernetesL
             raise ConfigError(f"INFERFLUX_PLANNER: kubernetes, but there is no cluster to talk to: {e}") from e
         home = active["context"].get("namespace", "default")
     api = client.ApiClient()
-    return KubernetesActuator(api, namespace or home), KubernetesLease(api, namespace or home, owner, SystemClock())
+    return KubernetesActuator(api, namespace or home), KubernetesLease(
+        api, namespace or home, owner, SystemClock(), ttl_s
+    )
 
 
 class KubernetesActuator:
@@ -111,7 +113,7 @@ class KubernetesLease:
     Clocks of others are not trusted: what counts is when we saw the lease change last.
     """
 
-    def __init__(self, api: Any, namespace: str, owner: str, clock: Clock, ttl_s: float = TTL_S) -> None:
+    def __init__(self, api: Any, namespace: str, owner: str, clock: Clock, ttl_s: float) -> None:
         self._leases = client.CoordinationV1Api(api)
         self._namespace = namespace
         self._owner = owner
@@ -177,7 +179,7 @@ class KubernetesLease:
             metadata=lease.metadata if lease is not None else client.V1ObjectMeta(name=LEASE_NAME),
             spec=client.V1LeaseSpec(
                 holder_identity=self._owner,
-                lease_duration_seconds=round(self._ttl_s),
+                lease_duration_seconds=math.ceil(self._ttl_s),
                 acquire_time=lease.spec.acquire_time if is_renewal else now,
                 renew_time=now,
                 lease_transitions=turns if is_renewal or lease is None else turns + 1,

@@ -6,14 +6,15 @@ from typing import Protocol
 
 from services.registry.planner.store import PlannerStore
 
-TTL_S = 15.0
+TURNS = 3
+"""How many looks long a lease is: a leader may miss one, and whoever follows waits for no more than these."""
 
 
 class Lease(Protocol):
     """A right that one holder has until it stops to renew it. Both methods raise Unavailable."""
 
     async def hold(self) -> bool:
-        """Take or renew it; False when somebody else has it. To be called again well within `TTL_S`."""
+        """Take or renew it; False when somebody else has it. To be called again within its time."""
         ...
 
     async def drop(self) -> None:
@@ -24,7 +25,7 @@ class Lease(Protocol):
 class RedisLease:
     """A lease in the registry's Redis."""
 
-    def __init__(self, store: PlannerStore, owner: str, ttl_s: float = TTL_S) -> None:
+    def __init__(self, store: PlannerStore, owner: str, ttl_s: float) -> None:
         self._store = store
         self._owner = owner
         self._ttl_s = ttl_s

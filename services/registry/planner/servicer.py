@@ -41,12 +41,16 @@ class PoolServicer(PoolServiceServicer):
         self._clock = clock
 
     async def ListPools(self, request: pb.ListPoolsRequest, context: Context) -> pb.ListPoolsResponse:
-        known, plans = await self._specs.read(), await self._store.read_plans()
+        known, put, plans = await self._specs.read(), await self._specs.put(), await self._store.read_plans()
         workers: dict[str, list[Worker]] = {}
         for worker in self._workers():
             workers.setdefault(f"{worker.role}/{worker.model}", []).append(worker)
         names = sorted(known.pools.keys() | workers.keys())
-        documents = [_document(name, workers.get(name, []), known.pools.get(name), plans.get(name)) for name in names]
+        documents = [
+            _document(name, workers.get(name, []), known.pools.get(name), plans.get(name))
+            | {"is_put": name in put.pools}
+            for name in names
+        ]
         return pb.ListPoolsResponse(pools_json=json.dumps(documents).encode(), revision=known.revision)
 
     async def PutPools(self, request: pb.PutPoolsRequest, context: Context) -> pb.PutPoolsResponse:

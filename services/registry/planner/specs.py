@@ -25,8 +25,12 @@ class Specs:
 
     async def read(self) -> PoolBook:
         """Return the book in force; its revision is that of what operators put. Raises Unavailable."""
-        stored = await self._store.read()
+        stored = await self.put()
         return PoolBook(stored.revision, {**self._read_file(), **stored.pools})
+
+    async def put(self) -> PoolBook:
+        """Return the book of what operators put alone. Raises Unavailable."""
+        return await self._store.read()
 
     def _read_file(self) -> dict[str, PoolSpec]:
         """Read the file if it has changed; one that cannot be read leaves the last specs in force."""
