@@ -1,7 +1,9 @@
 """How many replica-hours do recorded loads cost, and how many requests meet their goals, under each way of scaling?
 
-    python -m bench.planner --trace ../shared/data/azure_llm_2023_code.csv
-    python -m bench.planner                       # a synthetic hour, made here
+    python -m bench.planner                                   # a synthetic hour, made here
+    python -m bench.planner --trace azure_llm_2023_code.csv --ttft 2
+    python -m bench.planner --trace azure_llm_2023_code.csv --ttft 2 --day
+    python -m bench.planner --trace mooncake_trace.jsonl --ttft 30
 
 A discrete-event simulation in virtual time. The planner is the real one (services/registry/planner); the others are a
 fixed size, the algorithm of Kubernetes' HorizontalPodAutoscaler on CPU, and the same on the length of the queue. Each
@@ -19,7 +21,7 @@ import math
 import random
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from itertools import pairwise
 from pathlib import Path
@@ -71,10 +73,11 @@ class Request:
     first_at: float = math.inf
     done_at: float = math.inf
 
-    def meets(self, goals: Goals) -> bool:
-        """Whether it got both."""
-        tpot_s = (self.done_at - self.first_at) / max(1, self.num_output - 1)
-        return self.first_at - self.at <= goals.ttft_s and tpot_s <= goals.tpot_s
+    def is_in_time(self, role: Role, goals: Goals) -> bool:
+        """Whether a pool did its part."""
+        if role is Role.PREFILL:
+            return self.first_at - self.at <= goals.ttft_s
+        return (self.done_at - self.first_at) / max(1, self.num_output - 1) <= goals.tpot_s
 
 
 @dataclass(slots=True)
@@ -325,7 +328,7 @@ class DecodePool(Pool):
         return load, None
 
 
-def planner(profile: Profile, role: Role, goals: Goals, size: int) -> Controller:
+def planner(profile: Profile, role: Role, goals: Goals) -> Controller:
     """The real one, with nothing given but the goal: what a replica can do it learns."""
     scaler = Scaler()
     spec = PoolSpec(
@@ -392,53 +395,210 @@ def on_queue(target: float) -> Controller:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """One pool under one way of scaling."""
+    """One pool under one way of scaling. `worst`: most changes of direction within any 10 minutes."""
 
-    way: str
     role: Role
+    way: str
     setting: str
     attainment: float
     replica_hours: float
-    max_size: int
+    smallest: int
+    largest: int
     reversals: int
-    worst_window: int
+    worst: int
 
 
-def simulate(
-    role: Role,
-    way: str,
-    setting: str,
-    trace: Sequence[Request],
-    profile: Profile,
-    goals: Goals,
-    size: int,
-    controller: Controller | None,
-    period_s: float,
-) -> Outcome:
-    """Run one pool over the trace. Prefill writes `first_at` into the requests, decode starts from there."""
-    until = trace[-1].at
-    pool = (PrefillPool if role is Role.PREFILL else DecodePool)(profile, size, controller, period_s)
-    pool.run(trace, until)
+@dataclass(frozen=True, slots=True)
+class Study:
+    """A trace, what serves it, and what is promised."""
 
-    def good(r: Request) -> bool:
-        if role is Role.PREFILL:
-            return r.first_at - r.at <= goals.ttft_s
-        return (r.done_at - r.first_at) / max(1, r.num_output - 1) <= goals.tpot_s
+    trace: Sequence[Request]
+    profile: Profile
+    goals: Goals
 
-    turns = reversals(pool.sizes)
-    return Outcome(
-        way,
-        role,
-        setting,
-        sum(map(good, trace)) / len(trace),
-        pool.replica_s / 3600,
-        max(n for _, n in pool.sizes),
-        len(turns),
-        max((sum(a <= b < a + 600 for b in turns) for a in turns), default=0),
-    )
+    @property
+    def hours(self) -> float:
+        """Length of the trace."""
+        return self.trace[-1].at / 3600
+
+    def first_size(self, role: Role) -> int:
+        """How big a pool that scales begins: as its first five minutes need it, on average."""
+        if role is Role.DECODE:
+            return 1
+        tokens = sum(request.num_prompt for request in self.trace if request.at < 300)
+        return max(1, math.ceil(tokens / 300 / self.profile.prefill_tokens_per_s / 0.85))
+
+    def run(self, role: Role, way: str, setting: float) -> Outcome:
+        """Run one pool over the trace. Prefill writes `first_at` into the requests, decode starts from there."""
+        size = int(setting) if way == "fixed" else self.first_size(role)
+        kind = PrefillPool if role is Role.PREFILL else DecodePool
+        pool = kind(
+            self.profile, size, self.controller(role, way, setting), PERIOD_S if way == "planner" else HPA_PERIOD_S
+        )
+        pool.run(self.trace, self.trace[-1].at)
+        turns = reversals(pool.sizes)
+        sizes = [size for _, size in pool.sizes]
+        return Outcome(
+            role=role,
+            way=way,
+            setting=f"{setting:g}" if way != "planner" else "",
+            attainment=sum(request.is_in_time(role, self.goals) for request in self.trace) / len(self.trace),
+            replica_hours=pool.replica_s / 3600,
+            smallest=min(sizes),
+            largest=max(sizes),
+            reversals=len(turns),
+            worst=max((sum(begin <= at < begin + 600 for at in turns) for begin in turns), default=0),
+        )
+
+    def controller(self, role: Role, way: str, setting: float) -> Controller | None:
+        """Make one way of scaling."""
+        match way:
+            case "planner":
+                return planner(self.profile, role, self.goals)
+            case "HPA on CPU":
+                return on_cpu(setting)
+            case "queue":
+                return on_queue(setting)
+            case _:
+                return None
+
+    def cheapest(self, role: Role, way: str, settings: Sequence[float], attainment: float) -> Outcome:
+        """Find the cheapest setting that is as good; if none is, the best one. `settings`: the dearest last."""
+        low, high = 0, len(settings) - 1
+        best = self.run(role, way, settings[high])
+        while low < high:
+            middle = (low + high) // 2
+            outcome = self.run(role, way, settings[middle])
+            if outcome.attainment >= attainment - TIE:
+                best, high = outcome, middle
+            else:
+                low = middle + 1
+        return best
+
+
+WAYS: dict[str, Sequence[float]] = {
+    "fixed": range(1, MAX_REPLICAS + 1),
+    "HPA on CPU": [percent / 100 for percent in range(95, 5, -5)],
+    "queue": [32, 16, 8, 4, 2, 1, 0.5, 0.25, 0.1, 0.05],
+}
+TIE = 0.001
 
 
 def reversals(sizes: Sequence[tuple[float, int]]) -> list[float]:
-    """When the size changed its direction."""
-    moves = [(at, b - a) for (_, a), (at, b) in pairwise(sizes) if b != a]
+    """List when the size changed its direction."""
+    moves = [(at, after - before) for (_, before), (at, after) in pairwise(sizes) if after != before]
     return [at for (_, before), (at, after) in pairwise(moves) if before * after < 0]
+
+
+def compare(study: Study) -> list[Outcome]:
+    """Run the planner, then the others with the settings that make them as good."""
+    outcomes = []
+    for role in (Role.PREFILL, Role.DECODE):
+        ours = study.run(role, "planner", 0)
+        outcomes.append(ours)
+        outcomes += [study.cheapest(role, way, settings, ours.attainment) for way, settings in WAYS.items()]
+        study.run(role, "planner", 0)  # decode begins where the planner's prefill pool ended
+    return outcomes
+
+
+def read(path: Path) -> list[Request]:
+    """Read a trace: Mooncake's JSON lines or Azure's CSV."""
+    with path.open(encoding="utf-8") as file:
+        if path.suffix == ".jsonl":
+            rows = map(json.loads, file)
+            return [Request(row["timestamp"] / 1000, row["input_length"], row["output_length"]) for row in rows]
+        records = list(csv.DictReader(file))
+    times = [datetime.fromisoformat(record["TIMESTAMP"][:26]).timestamp() for record in records]
+    pairs = zip(times, records, strict=True)
+    return [Request(at - times[0], int(r["ContextTokens"]), max(1, int(r["GeneratedTokens"]))) for at, r in pairs]
+
+
+def synthetic(seed: int = 7, span_s: float = 3600.0) -> list[Request]:
+    """Make an hour: a swell of traffic, bursts on top of it, log-normal lengths. Poisson arrivals."""
+    rng, now, requests = random.Random(seed), 0.0, []
+    while now < span_s:
+        swell = 4 + 12 * math.sin(math.pi * now / span_s) ** 2
+        burst = 2.0 if now % 600 < 60 else 1.0
+        now += rng.expovariate(swell * burst)
+        num_prompt = min(16_000, int(rng.lognormvariate(7.0, 1.0)) + 1)
+        requests.append(Request(now, num_prompt, min(2000, int(rng.lognormvariate(4.5, 0.8)) + 1)))
+    return requests
+
+
+def multiply(trace: Sequence[Request], times: int, seed: int = 1) -> list[Request]:
+    """Let so many times as many users do the same, within 5 s of each other: a bigger service with the same bursts."""
+    rng = random.Random(seed)
+    copies = [
+        Request(max(0.0, request.at + (rng.uniform(-5, 5) if i else 0)), request.num_prompt, request.num_output)
+        for request in trace
+        for i in range(times)
+    ]
+    return sorted(copies, key=lambda request: request.at)
+
+
+def day(trace: Sequence[Request], seed: int = 3) -> list[Request]:
+    """Make a day of a recorded hour: each hour is the recorded one again, with the share of its users that is awake.
+
+    The share follows a cosine from 10% at 4:00 to 100% at 16:00; users are dropped at random.
+    """
+    rng, span_s = random.Random(seed), trace[-1].at
+    requests = []
+    for hour in range(max(1, round(24 * 3600 / span_s))):
+        for request in trace:
+            at = hour * span_s + request.at
+            share = 0.55 - 0.45 * math.cos(2 * math.pi * (at / 3600 - 4) / 24)
+            if rng.random() < share:
+                requests.append(Request(at, request.num_prompt, request.num_output))
+    return requests
+
+
+def show(study: Study, outcomes: Sequence[Outcome]) -> None:
+    """Print the table, the sum over both pools, and JSON."""
+    print(f"{len(study.trace)} requests in {study.hours:.1f} h; goals {study.goals}; {study.profile}")
+    print(
+        f"{'pool':8} {'way':11} {'setting':>8} {'in time':>8} {'hours':>8} {'sizes':>8} {'reversals':>9} {'in 10 min':>9}"
+    )
+    for o in outcomes:
+        sizes = f"{o.smallest}-{o.largest}"
+        print(
+            f"{o.role:8} {o.way:11} {o.setting:>8} {o.attainment:8.2%} {o.replica_hours:8.2f} {sizes:>8}"
+            f" {o.reversals:9} {o.worst:9}"
+        )
+    savings = summary(outcomes)
+    for way, saving in savings.items():
+        print(f"both pools: {saving['saved']:.0%} fewer replica-hours than {way}" + saving["note"])
+    turns = sum(o.reversals for o in outcomes if o.way == "planner") / 2
+    print(f"planner: {turns / (study.hours * 6):.2f} reversals per 10 minutes and pool")
+    print(json.dumps({"outcomes": [asdict(o) for o in outcomes], "saved": savings}))
+
+
+def summary(outcomes: Sequence[Outcome]) -> dict[str, dict[str, Any]]:
+    """Compare the replica-hours of both pools; says where a way never became as good."""
+    ours = {o.role: o for o in outcomes if o.way == "planner"}
+    result = {}
+    for way in WAYS:
+        theirs = [o for o in outcomes if o.way == way]
+        worse = [o.role for o in theirs if o.attainment < ours[o.role].attainment - TIE]
+        note = f" (whose {', '.join(worse)} pool never was as good)" if worse else ""
+        spent = sum(o.replica_hours for o in theirs)
+        result[way] = {"saved": 1 - sum(o.replica_hours for o in ours.values()) / spent, "note": note}
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--trace", type=Path, help="Mooncake's JSON lines or Azure's CSV; default: synthetic")
+    parser.add_argument("--times", type=int, default=1, help="so many times as many users")
+    parser.add_argument("--day", action="store_true", help="make a day of it")
+    parser.add_argument("--ttft", type=float, default=5.0, help="goal for the first token, in seconds")
+    parser.add_argument("--tpot", type=float, default=0.05, help="goal per output token, in seconds")
+    parser.add_argument("--warm-up", type=float, default=60.0, help="seconds until a new replica serves")
+    options = parser.parse_args()
+    trace = multiply(read(options.trace) if options.trace else synthetic(), options.times)
+    trace = day(trace) if options.day else trace
+    study = Study(trace, Profile(warm_up_s=options.warm_up), Goals(options.ttft, options.tpot))
+    show(study, compare(study))
+
+
+if __name__ == "__main__":
+    main()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
@@ -321,6 +322,29 @@ def cache(
         command.warm(prefix, output)
     else:
         command.show(output)
+
+
+@admin_app.command("backup")
+def backup(
+    file: Annotated[Path, typer.Argument(help="Where to write it; must not be there yet.")],
+    output: Output = Format.TABLE,
+) -> None:
+    """Write the control state (keys, policies, models, pools) to a file, from Redis itself."""
+    from inferflux.cli import backup as command  # noqa: PLC0415
+
+    command.backup(file, output)
+
+
+@admin_app.command("restore")
+def restore(
+    file: Annotated[Path, typer.Argument(help="What `backup` wrote.")],
+    force: Annotated[bool, typer.Option("--force", help="Also over a state that is newer than the backup.")] = False,
+    output: Output = Format.TABLE,
+) -> None:
+    """Put a backup in the place of the control state."""
+    from inferflux.cli import backup as command  # noqa: PLC0415
+
+    command.restore(file, output, force=force)
 
 
 def main() -> int:

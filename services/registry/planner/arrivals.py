@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 
-MEMORY_S = 180.0
+MEMORY_S = 600.0
 """Longer than any burst that a queue may absorb within a usual goal; what lasted longer is remembered as a need."""
 
 

@@ -9,8 +9,8 @@ from services.registry.planner.hysteresis import Hysteresis
 from services.registry.planner.scaling import Load, Slo, Verdict, explain
 from services.registry.planner.spec import PoolSpec
 
-SETTLING_S = 60.0
-"""Latencies are of the last minute: until then they tell of a pool that was smaller."""
+SUSTAINED_S = 120.0
+"""A goal that was missed for less than that was missed in a burst, which the replay of arrivals knows better."""
 LEARNING = 0.2
 """Weight of a new observation of what a replica can do; faster ones count at once, since idle moments hide speed."""
 
@@ -54,13 +54,14 @@ class Scaler:
     _hysteresis: Hysteresis = field(default_factory=Hysteresis)
     _tokens_per_s: float = 0.0
     _num_ready: int = -1
-    _changed_at: float = 0.0
+    _missed_since: float | None = None
 
     def look(self, now: float, reading: Reading, spec: PoolSpec) -> Outlook:
         """Judge one reading; call it every few seconds."""
         self._arrivals.add(now, reading.arrived_tokens)
         self._learn(reading)
-        load, slo = self._load(now, reading), self._slo(reading, spec)
+        slo = self._slo(reading, spec)
+        load = self._load(now, reading, slo)
         verdict = explain(load, slo, spec.cost)
         target = self._hysteresis.target(now, reading.num_replicas, verdict.desired, spec.hold_s)
         target = min(max(target, spec.min_replicas), spec.max_replicas)
@@ -71,13 +72,20 @@ class Scaler:
             slower = self._tokens_per_s + LEARNING * (reading.busy_tokens_per_s - self._tokens_per_s)
             self._tokens_per_s = max(reading.busy_tokens_per_s, slower)
 
-    def _load(self, now: float, reading: Reading) -> Load:
-        """Add what only time tells; leave out a latency that tells of another size."""
-        if reading.load.num_ready != self._num_ready:
-            self._num_ready, self._changed_at = reading.load.num_ready, now
-        is_settled = now - self._changed_at >= SETTLING_S and not reading.num_starting
-        latency_s = reading.load.latency_s if is_settled else None
+    def _load(self, now: float, reading: Reading, slo: Slo) -> Load:
+        """Add what only time tells."""
+        latency_s = reading.load.latency_s if self._is_missed(now, reading, slo) else None
         return replace(reading.load, arrivals=self._arrivals.spans(), latency_s=latency_s)
+
+    def _is_missed(self, now: float, reading: Reading, slo: Slo) -> bool:
+        """Whether the goal was missed all the time lately, with as many replicas as now."""
+        latency_s, num_ready = reading.load.latency_s, reading.load.num_ready
+        is_same, self._num_ready = num_ready == self._num_ready and not reading.num_starting, num_ready
+        if latency_s is None or latency_s <= slo.latency_s or not is_same:
+            self._missed_since = None
+            return False
+        self._missed_since = now if self._missed_since is None else self._missed_since
+        return now - self._missed_since >= SUSTAINED_S
 
     def _slo(self, reading: Reading, spec: PoolSpec) -> Slo:
         """Fill in what the operator left to be learned."""

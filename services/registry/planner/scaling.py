@@ -14,7 +14,9 @@ from dataclasses import dataclass
 QUEUE_SHARE = 0.5
 """Part of the latency goal that a prompt may spend in a queue; the rest is for its own computation."""
 MAX_GROWTH = 2.0
-"""How far a missed latency goal alone may stretch a pool at once; what grows faster shows in a queue."""
+"""How far a pool may be stretched at once for want of KV room: what waits has gathered, and will not come again."""
+MAX_CORRECTION = 1.25
+"""How far a missed latency goal alone may stretch a pool at once: it corrects the model above, a burst is no proof."""
 MAX_REPLICAS = 4096
 ROUNDING = 1e-9
 """Keeps 3.0000000001 replicas from becoming 4."""
@@ -48,7 +50,7 @@ class Load:
 class Slo:
     """What users are promised, and how full a replica may be while it is kept.
 
-    `tokens_per_s`, `num_sequences`: what one replica can do; 0 = not known, and then the term is left out.
+    `share`: of the tokens that must be in time. `tokens_per_s`, `num_sequences`: what one replica can do; 0 = not known, and then the term is left out.
     `utilization`: the share of that to plan with; the rest is for what comes between two looks. `warm_up_s`: from the
     wish for a replica until it serves.
     """
@@ -56,6 +58,7 @@ class Slo:
     latency_s: float
     tokens_per_s: float = 0.0
     num_sequences: float = 0.0
+    share: float = 0.95
     utilization: float = 0.85
     kv_utilization: float = 0.9
     warm_up_s: float = 60.0
@@ -112,12 +115,13 @@ def _terms(load: Load, slo: Slo) -> tuple[Term | None, ...]:
 
 
 def _rate(load: Load, slo: Slo) -> Term | None:
-    """Replay what arrived: with so many replicas nothing would have waited longer than it may."""
+    """Replay what arrived: so many replicas would have been in time for the share of it that was promised."""
     if not slo.tokens_per_s:
         return None
-    able = slo.tokens_per_s * slo.utilization
-    replicas = _smallest(lambda n: _longest_wait_s(load.arrivals, n * able) <= slo.latency_s * QUEUE_SHARE)
-    return Term("rate", replicas, f"{load.tokens_per_s:.0f} tokens/s arrive, in bursts; a replica should do {able:.0f}")
+    able, patience_s = slo.tokens_per_s * slo.utilization, slo.latency_s * QUEUE_SHARE
+    replicas = _smallest(lambda n: _late_share(load.arrivals, n * able, patience_s) <= 1 - slo.share)
+    why = f"{load.tokens_per_s:.0f} tokens/s arrive, in bursts; a replica should do {able:.0f}"
+    return Term("rate", replicas, why)
 
 
 def _backlog(load: Load, slo: Slo) -> Term | None:
@@ -130,13 +134,15 @@ def _backlog(load: Load, slo: Slo) -> Term | None:
     return Term("backlog", needed / slo.tokens_per_s, why)
 
 
-def _longest_wait_s(arrivals: Iterable[tuple[float, float]], tokens_per_s: float) -> float:
-    """How long the last token of the worst span would have waited in one queue in front of so much speed."""
-    queued = worst = 0.0
+def _late_share(arrivals: Iterable[tuple[float, float]], tokens_per_s: float, patience_s: float) -> float:
+    """Share of the tokens that would have waited too long in one queue in front of so much speed."""
+    queued = late = total = 0.0
     for span_s, tokens in arrivals:
-        queued = max(0.0, queued + tokens - tokens_per_s * span_s)
-        worst = max(worst, queued)
-    return worst / tokens_per_s if tokens_per_s else math.inf if worst else 0.0
+        before, queued = queued, max(0.0, queued + tokens - tokens_per_s * span_s)
+        in_time = tokens_per_s * (span_s + patience_s) - before
+        late += min(tokens, max(0.0, tokens - in_time))
+        total += tokens
+    return late / total if total else 0.0
 
 
 def _smallest(is_enough: Callable[[int], bool]) -> int:
@@ -164,7 +170,7 @@ def _kv(load: Load, slo: Slo) -> Term:
     why = (
         f"{load.kv_demand:.0%} of the KV room of {load.num_ready} replicas is needed, at most {slo.kv_utilization:.0%}"
     )
-    return Term("kv", load.num_ready * load.kv_demand / slo.kv_utilization, why)
+    return Term("kv", load.num_ready * min(MAX_GROWTH, load.kv_demand / slo.kv_utilization), why)
 
 
 def _latency(load: Load, slo: Slo) -> Term | None:
@@ -172,7 +178,7 @@ def _latency(load: Load, slo: Slo) -> Term | None:
     if load.latency_s is None or load.latency_s <= slo.latency_s:
         return None
     why = f"9 of 10 requests got {load.latency_s:.3f} s with {load.num_ready} replicas, the goal is {slo.latency_s:g} s"
-    return Term("latency", load.num_ready * min(MAX_GROWTH, load.latency_s / slo.latency_s), why)
+    return Term("latency", load.num_ready * min(MAX_CORRECTION, load.latency_s / slo.latency_s), why)
 
 
 def _ceilings(load: Load, cost: Cost) -> list[tuple[int, str]]:
