@@ -1,4 +1,4 @@
-"""How many replica-hours do recorded loads cost, and how many requests meet their goals, under each way of scaling?
+"""Measure replica-hours and requests in time of recorded loads, under each way of scaling.
 
     python -m bench.planner                                   # a synthetic hour, made here
     python -m bench.planner --trace azure_llm_2023_code.csv --ttft 2
@@ -82,7 +82,7 @@ class Request:
 
 @dataclass(slots=True)
 class View:
-    """What a way of scaling may know at one moment. `cpu`: share of the last minute that each ready replica was busy."""
+    """What a way of scaling may know. `cpu`: share of the last minute that each ready replica was busy."""
 
     now: float
     num_starting: int
@@ -349,7 +349,7 @@ def planner(profile: Profile, role: Role, goals: Goals) -> Controller:
 
 
 class Hpa:
-    """The HorizontalPodAutoscaler's algorithm: a ratio of a measure to its target, tolerance, rate limit, stabilization.
+    """The HorizontalPodAutoscaler's algorithm: the ratio of a measure to its target, tolerance, rates, stabilization.
 
     `ratio(view)` is the measure over the target for the pods that are ready; see kubernetes.io, "Horizontal Pod
     Autoscaling", algorithm details.
@@ -555,9 +555,8 @@ def day(trace: Sequence[Request], seed: int = 3) -> list[Request]:
 def show(study: Study, outcomes: Sequence[Outcome]) -> None:
     """Print the table, the sum over both pools, and JSON."""
     print(f"{len(study.trace)} requests in {study.hours:.1f} h; goals {study.goals}; {study.profile}")
-    print(
-        f"{'pool':8} {'way':11} {'setting':>8} {'in time':>8} {'hours':>8} {'sizes':>8} {'reversals':>9} {'in 10 min':>9}"
-    )
+    heads = f"{'setting':>8} {'in time':>8} {'hours':>8} {'sizes':>8} {'reversals':>9} {'in 10 min':>9}"
+    print(f"{'pool':8} {'way':11} {heads}")
     for o in outcomes:
         sizes = f"{o.smallest}-{o.largest}"
         print(

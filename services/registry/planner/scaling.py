@@ -1,4 +1,4 @@
-"""How many replicas a pool needs for its load. Pure, and monotone: more load never asks for fewer.
+"""How many replicas a pool needs for its load. Pure, and monotone: more of all load never asks for fewer.
 
 Each term is a number of replicas that one limit asks for; the largest term wins, then the bounds of the operator and of
 the budget apply, whichever is lower. For prefill the tokens are those of prompts and the latency is the time to the
@@ -50,9 +50,9 @@ class Load:
 class Slo:
     """What users are promised, and how full a replica may be while it is kept.
 
-    `share`: of the tokens that must be in time. `tokens_per_s`, `num_sequences`: what one replica can do; 0 = not known, and then the term is left out.
-    `utilization`: the share of that to plan with; the rest is for what comes between two looks. `warm_up_s`: from the
-    wish for a replica until it serves.
+    `share`: of the tokens that must be in time. `tokens_per_s`, `num_sequences`: what one replica can do; 0 = unknown,
+    and then the term is left out. `utilization`: the share of that to plan with; the rest is for what comes between two
+    looks. `warm_up_s`: from the wish for a replica until it serves.
     """
 
     latency_s: float
