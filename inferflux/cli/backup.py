@@ -29,7 +29,6 @@ from inferflux.cli.plan import redis_socket
 from inferflux.paths import Home
 
 FORMAT, VERSION = "inferflux-backup", 1
-PREFIX = "ifx:"
 MOMENTARY = frozenset({"ifx:{registry}:rosters", "ifx:{registry}:plans", "ifx:{registry}:planner-lease"})
 FOR_EVER = frozenset({"ifx:{policy}:revoked"})
 """Sets that only grow: what was revoked after a backup stays revoked when it is restored."""
@@ -50,9 +49,10 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Backup:
-    """The control state at one moment."""
+    """The control state at one moment, or a part of it: policy or registry."""
 
     entries: Mapping[str, Entry]
+    part: str = ""
     created_at: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
 
     @property
@@ -65,6 +65,7 @@ class Backup:
             "format": FORMAT,
             "version": VERSION,
             "created_at": self.created_at,
+            "part": self.part,
             "inferflux": __version__,
             "revisions": self.revisions,
             "num_keys": len(self.entries),
@@ -87,16 +88,18 @@ class Backup:
                 raise CliError("the backup was changed or cut: its checksum is wrong")
             records = [json.loads(line) for line in lines[1:]]
             return cls(
-                {r["key"]: Entry(r["kind"], _unpacked(r["kind"], r["value"])) for r in records}, head["created_at"]
+                {r["key"]: Entry(r["kind"], _unpacked(r["kind"], r["value"])) for r in records},
+                head["part"],
+                head["created_at"],
             )
         except (ValueError, KeyError, TypeError, AttributeError) as e:
             raise CliError("the backup was changed or cut: it cannot be read") from e
 
 
-def backup(file: Path, output: Format) -> None:
+def backup(file: Path, part: str, output: Format) -> None:
     """Write the control state to a new file that only its owner can read."""
     with connected() as client:
-        taken = retried(lambda: take(client))
+        taken = retried(lambda: take(client, part))
     if not taken.entries:
         raise CliError("there is nothing to back up: this Redis has no state of InferFlux")
     write(file, taken.encode())
@@ -114,25 +117,25 @@ def restore(file: Path, output: Format, *, force: bool) -> None:
     tell("restored", file, saved, output)
 
 
-def take(client: Any) -> Backup:
+def take(client: Any, part: str = "") -> Backup:
     """Read everything as of one moment. Raises WatchError when something changed meanwhile."""
     with client.pipeline(transaction=True) as pipe:
-        watched = revision_keys(client)
+        watched = revision_keys(client, part)
         if watched:
             pipe.watch(*watched)
-        kinds = lasting(client)
+        kinds = lasting(client, part)
         pipe.multi()
         for key, kind in kinds.items():
             _READ[kind](pipe, key)
         values = pipe.execute()
     found = zip(kinds.items(), values, strict=True)
-    return Backup({key: Entry(kind, value) for (key, kind), value in found if value})
+    return Backup({key: Entry(kind, value) for (key, kind), value in found if value}, part)
 
 
 def put_back(client: Any, saved: Backup, *, force: bool) -> None:
     """Replace the state in one transaction. Raises WatchError when something changed meanwhile, CliError."""
     with client.pipeline(transaction=True) as pipe:
-        watched = {*revision_keys(client), *saved.revisions}
+        watched = {*revision_keys(client, saved.part), *saved.revisions}
         if watched:
             pipe.watch(*watched)
         current = {key: _number(pipe.get(key)) for key in watched}
@@ -142,7 +145,7 @@ def put_back(client: Any, saved: Backup, *, force: bool) -> None:
                 f"{key} is {n}, the backup has {saved.revisions.get(key, 0)}" for key, n in newer.items()
             )
             raise CliError(f"the state is newer than the backup: {details}", hint="--force restores it all the same")
-        replaced = [key for key in lasting(client) if key not in FOR_EVER]
+        replaced = [key for key in lasting(client, saved.part) if key not in FOR_EVER]
         pipe.multi()
         if replaced:
             pipe.delete(*replaced)
@@ -153,9 +156,9 @@ def put_back(client: Any, saved: Backup, *, force: bool) -> None:
         pipe.execute()
 
 
-def lasting(client: Any) -> dict[str, str]:
+def lasting(client: Any, part: str) -> dict[str, str]:
     """Map the keys that a backup holds to their kinds."""
-    keys = sorted(key.decode() for key in client.scan_iter(f"{PREFIX}*", count=1000))
+    keys = sorted(key.decode() for key in client.scan_iter(_pattern(part), count=1000))
     keys = [key for key in keys if key not in MOMENTARY]
     with client.pipeline(transaction=False) as pipe:
         for key in keys:
@@ -166,9 +169,9 @@ def lasting(client: Any) -> dict[str, str]:
     return {key: kind for key, (kind, ttl_ms) in kinds.items() if ttl_ms == -1 and kind in _READ}
 
 
-def revision_keys(client: Any) -> list[str]:
+def revision_keys(client: Any, part: str) -> list[str]:
     """List the keys that hold revisions; every change of the state changes one of them."""
-    return sorted(key.decode() for key in client.scan_iter(f"{PREFIX}*{REVISION}", count=1000))
+    return sorted(key.decode() for key in client.scan_iter(f"{_pattern(part)}{REVISION}", count=1000))
 
 
 def retried(action: Callable[[], T]) -> T:
@@ -219,6 +222,11 @@ def tell(done: str, file: Path, state: Backup, output: Format) -> None:
         print_json(document | {"revisions": state.revisions})
         return
     note(f"{done} {len(state.entries)} keys of {state.created_at} ({file})")
+
+
+def _pattern(part: str) -> str:
+    """Match the keys of a part, or of all."""
+    return f"ifx:{{{part}}}:*" if part else "ifx:*"
 
 
 def _line(document: Mapping[str, Any]) -> bytes:

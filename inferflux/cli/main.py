@@ -62,6 +62,13 @@ class FaultName(StrEnum):
     KILL_REDIS = "kill-redis"
 
 
+class PartName(StrEnum):
+    """Value of --only."""
+
+    POLICY = "policy"
+    REGISTRY = "registry"
+
+
 class ScopeName(StrEnum):
     """Value of --scope."""
 
@@ -327,12 +334,16 @@ def cache(
 @admin_app.command("backup")
 def backup(
     file: Annotated[Path, typer.Argument(help="Where to write it; must not be there yet.")],
+    only: Annotated[
+        Optional[PartName],  # noqa: UP045
+        typer.Option(help="A part: policy has keys and policies, registry models and pools."),
+    ] = None,
     output: Output = Format.TABLE,
 ) -> None:
     """Write the control state (keys, policies, models, pools) to a file, from Redis itself."""
     from inferflux.cli import backup as command  # noqa: PLC0415
 
-    command.backup(file, output)
+    command.backup(file, str(only or ""), output)
 
 
 @admin_app.command("restore")

@@ -172,4 +172,4 @@ async def test_a_restored_policy_service_knows_its_keys(tmp_path: Path) -> None:
 
     assert (saved.returncode, restored.returncode) == (Exit.OK, Exit.OK), saved.stderr + restored.stderr
     assert [key.key_id for key in found.keys] == [made.key.key_id]
-    assert made.secret not in (tmp_path / "state.backup").read_text()  # noqa: ASYNC240 - at the end
+    assert made.secret not in (tmp_path / "state.backup").read_text()
