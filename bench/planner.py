@@ -423,10 +423,13 @@ class Study:
 
     def first_size(self, role: Role) -> int:
         """How big a pool that scales begins: as its first five minutes need it, on average."""
-        if role is Role.DECODE:
-            return 1
-        tokens = sum(request.num_prompt for request in self.trace if request.at < 300)
-        return max(1, math.ceil(tokens / 300 / self.profile.prefill_tokens_per_s / 0.85))
+        first, profile = [request for request in self.trace if request.at < 300], self.profile
+        if role is Role.PREFILL:
+            busy_s = sum(request.num_prompt for request in first) / profile.prefill_tokens_per_s
+        else:
+            step_s = profile.step_s + profile.max_sequences / 2 * profile.step_per_sequence_s
+            busy_s = sum(r.num_output * step_s * (r.num_prompt + r.num_output) for r in first) / profile.kv_tokens
+        return max(1, math.ceil(busy_s / 300 / 0.85))
 
     def run(self, role: Role, way: str, setting: float) -> Outcome:
         """Run one pool over the trace. Prefill writes `first_at` into the requests, decode starts from there."""
