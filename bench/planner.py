@@ -498,9 +498,11 @@ def compare(study: Study) -> list[Outcome]:
     outcomes = []
     for role in (Role.PREFILL, Role.DECODE):
         ours = study.run(role, "planner", 0)
+        first = [request.first_at for request in study.trace]
         outcomes.append(ours)
         outcomes += [study.cheapest(role, way, settings, ours.attainment) for way, settings in WAYS.items()]
-        study.run(role, "planner", 0)  # decode begins where the planner's prefill pool ended
+        for request, first_at in zip(study.trace, first, strict=True):
+            request.first_at = first_at  # decode begins where the planner's prefill pool ended
     return outcomes
 
 

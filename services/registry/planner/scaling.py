@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+RECENT_S = 120.0
 QUEUE_SHARE = 0.5
 """Part of the latency goal that a prompt may spend in a queue; the rest is for its own computation."""
 MAX_GROWTH = 2.0
@@ -26,7 +27,7 @@ ROUNDING = 1e-9
 class Load:
     """What a pool has to do now, over all its replicas.
 
-    `arrivals`: what arrived in the last minutes, oldest first: a span in seconds and the tokens in it. `queued_tokens`:
+    `arrivals`: what arrived in the last hour, oldest first: a span in seconds and the tokens in it. `queued_tokens`:
     of prompts, accepted and not yet computed. `kv_demand`: share of the ready replicas' KV room that the requests need;
     above 1 when some wait for room. `latency_s`: what 9 of 10 requests got or better; None: nothing to go by.
     """
@@ -41,9 +42,21 @@ class Load:
 
     @property
     def tokens_per_s(self) -> float:
-        """What arrives, on average."""
-        span_s = sum(span_s for span_s, _ in self.arrivals)
-        return sum(tokens for _, tokens in self.arrivals) / span_s if span_s else 0.0
+        """What arrives now, on the average of the last minutes."""
+        return self._rate(RECENT_S)
+
+    @property
+    def mean_tokens_per_s(self) -> float:
+        """What arrived on the average of all that is known."""
+        return self._rate(math.inf)
+
+    def _rate(self, last_s: float) -> float:
+        known_s = num_tokens = 0.0
+        for span_s, tokens in reversed(self.arrivals):
+            known_s, num_tokens = known_s + span_s, num_tokens + tokens
+            if known_s >= last_s:
+                break
+        return num_tokens / known_s if known_s else 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,6 +200,6 @@ def _ceilings(load: Load, cost: Cost) -> list[tuple[int, str]]:
     if cost.per_hour and cost.max_per_hour:
         ceilings.append((int(cost.max_per_hour / cost.per_hour + ROUNDING), "max_per_hour"))
     if cost.per_hour and cost.max_per_million_tokens:
-        earned_per_hour = load.tokens_per_s * 3600 / 1e6 * cost.max_per_million_tokens
+        earned_per_hour = load.mean_tokens_per_s * 3600 / 1e6 * cost.max_per_million_tokens
         ceilings.append((int(earned_per_hour / cost.per_hour + ROUNDING), "max_per_million_tokens"))
     return ceilings

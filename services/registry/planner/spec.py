@@ -63,17 +63,23 @@ class PoolSpec:
     def slo(self) -> Slo:
         """Goal and abilities, as the decision wants them."""
         latency_s = (self.slo_ms or SLO_MS[self.role]) / 1000
-        return Slo(latency_s, self.tokens_per_s, self.max_sequences, self.utilization, warm_up_s=self.warm_up_s)
+        return Slo(
+            latency_s=latency_s,
+            tokens_per_s=self.tokens_per_s,
+            num_sequences=self.max_sequences,
+            utilization=self.utilization,
+            warm_up_s=self.warm_up_s,
+        )
 
     @property
     def cost(self) -> Cost:
         """Bounds, as the decision wants them."""
         return Cost(
-            self.min_replicas,
-            self.max_replicas,
-            self.cost_per_hour,
-            self.max_cost_per_hour,
-            self.max_cost_per_million_tokens,
+            min_replicas=self.min_replicas,
+            max_replicas=self.max_replicas,
+            per_hour=self.cost_per_hour,
+            max_per_hour=self.max_cost_per_hour,
+            max_per_million_tokens=self.max_cost_per_million_tokens,
         )
 
     def to_json(self) -> dict[str, Any]:
