@@ -224,6 +224,17 @@ async def test_a_change_that_failed_and_was_taken_all_the_same_is_taken_back(ser
     assert other.book() == keeper.book()
 
 
+async def test_a_revocation_that_was_taken_out_is_noticed_and_one_that_was_put_in_is_not_damage(server, store):
+    """A restored backup may know of more revocations than its seal."""
+    await store.update(adding(1))
+    await store.update(lambda book: book.revoke(key(1).key_id, NOW_MS))
+    server.command("SADD", "ifx:{policy}:revoked", "key_2")
+    assert (await read(store)).damage == ""
+    server.command("SREM", "ifx:{policy}:revoked", key(1).key_id)
+
+    assert "revocation" in (await store.update(lambda book: book)).damage
+
+
 @pytest.mark.parametrize("attack", ["change", "cut", "swap", "seal", "foreign seal", "old"])
 async def test_a_poisoned_policy_is_repaired_by_who_knows_it_and_used_by_nobody(server, store, replica, attack):
     """A service that has just started publishes nothing, rather than an older policy or none."""
