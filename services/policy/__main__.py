@@ -47,7 +47,7 @@ class Settings(CommonSettings):
     store_keys: tuple[str, ...] = field(default=(), repr=False)
     """Keys that encrypt what is in Redis, each the base64 of 32 bytes, in place of the file `store.key`."""
     policy_document: Path = Path()
-    """File with the policy document, JSON or .toml, in force until an administrator changes the policy; none by default."""
+    """File with the policy document, JSON or .toml, in force until an administrator changes the policy."""
     policy_sections: str = ""
     """Sections of the policy document, JSON, in place of the file's."""
 
