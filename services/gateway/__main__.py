@@ -70,9 +70,8 @@ async def serve(settings: Settings, sock: socket.socket, lifecycle: Lifecycle) -
     ):
         policy_client = PolicyClient(policy_channel, settings.instance_id, tenant_key, verifier)
         registry_client = RegistryClient(registry_channel, settings.instance_id)
-        spool = Spool(settings.spool_dir / f"{settings.instance_id}.jsonl", settings.audit_spool_bytes)
         trail = AuditTrail(policy_channel, settings.instance_id)
-        auditor = Auditor(trail.append, spool, settings.instance_id, lifecycle.incarnation, SystemClock())
+        auditor = _auditor(settings, trail, lifecycle.incarnation)
         trial = Trial()
         key_sources = KeySources(tasks, fetch_object, SystemClock())
 
@@ -104,11 +103,10 @@ async def serve(settings: Settings, sock: socket.socket, lifecycle: Lifecycle) -
         )
         idempotency = Idempotency(inference, Records(SystemClock(), settings.record_limits), tasks)
         admin = AdminApi(policy_client, policy.reached, FleetApi(Fleet(pool.workers)), pool.matrix)
-        policy_api, audit_api = PolicyApi(documents, policy.reached), AuditApi(trail)
+        documents_apis = PolicyApi(documents, policy.reached), PolicyViews(documents, policy.reached), AuditApi(trail)
         cache = CacheApi(inference.auth, pool, partial(cache_salt, tenant_key))
         usage = UsageApi(limits_client, lambda: policy.value.live.limits if policy.value is not None else None)
-        views, pools = PolicyViews(documents, policy.reached), PoolsApi(registry_channel)
-        apis = (admin, cache, policy_api, views, audit_api, usage, pools)
+        apis = (admin, cache, *documents_apis, usage, PoolsApi(registry_channel))
         app = create_app(idempotency, apis, pool.models, lifecycle)
         _log.debug("routes", extra={"routes": app.routes()})
         lifecycle.add_readiness("policy", lambda: None if policy.value is not None else "not heard yet")
@@ -136,6 +134,11 @@ async def _get_to_know(policy: Snapshot[Policies], registry: Snapshot[ClusterVie
     """Learn what there is before clients may come, if that can be had soon: they need not hear of our start."""
     if all(await asyncio.gather(policy.reached(1, KNOWN_S), registry.reached(1, KNOWN_S))):
         await pool.met(KNOWN_S)
+
+
+def _auditor(settings: Settings, trail: AuditTrail, incarnation: str) -> Auditor:
+    spool = Spool(settings.spool_dir / f"{settings.instance_id}.jsonl", settings.audit_spool_bytes)
+    return Auditor(trail.append, spool, settings.instance_id, incarnation, SystemClock())
 
 
 def _read_secret(path: Path) -> bytes:

@@ -55,9 +55,12 @@ class Auditor:
         self._noted.set()
 
     async def commit(self, record: dict[str, Any]) -> None:
-        """Write a record down now. Raises AuditUnavailable."""
+        """Write a record down now; also when who asks for it goes away meanwhile. Raises AuditUnavailable."""
+        await asyncio.shield(self._commit(self._stamp(record)))
+
+    async def _commit(self, record: bytes) -> None:
         async with self._sending:
-            await self._store([self._stamp(record)])
+            await self._store([record])
 
     async def run(self) -> None:
         """Write down what is noted, and empty the spool when the policy service is there again, for ever."""

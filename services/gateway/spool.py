@@ -19,7 +19,8 @@ class Spool:
         self._path = path
         self._max_bytes = max_bytes
         self._taken = 0
-        self.num_bytes = path.stat().st_size if path.exists() else 0
+        # Of whole records: a crash may have left a part of one.
+        self.num_bytes = path.read_bytes().rfind(b"\n") + 1 if path.exists() else 0
         metrics.AUDIT_SPOOL_BYTES.set(self.num_bytes)
 
     @property

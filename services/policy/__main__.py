@@ -46,9 +46,9 @@ class Settings(CommonSettings):
 
     store_keys: tuple[str, ...] = field(default=(), repr=False)
     """Keys that encrypt what is in Redis, each the base64 of 32 bytes, in place of the file `store.key`."""
-    policy_file: Path = Path()
-    """Policy document, JSON or .toml, in force until an administrator changes the policy; none by default."""
-    policy: str = ""
+    policy_document: Path = Path()
+    """File with the policy document, JSON or .toml, in force until an administrator changes the policy."""
+    policy_sections: str = ""
     """Sections of the policy document, JSON, in place of the file's."""
 
     audit_dir: Path = Path()
@@ -67,7 +67,7 @@ async def serve(settings: Settings, lifecycle: Lifecycle) -> None:
     clock, pepper = SystemClock(), Pepper.load(settings.secrets_dir / "pepper.key")
     signer = Signer.load(settings.secrets_dir / KEY_FILE)
     vault = Vault.load(settings.secrets_dir / STORE_KEY, settings.store_keys)
-    configured = read_configured(settings.policy_file, settings.policy)
+    configured = read_configured(settings.policy_document, settings.policy_sections)
     initial = parse_api_keys(settings.api_keys, pepper, now_ms=int(clock.time() * 1000))
     server = RpcServer(Identity.load(settings.pki_dir, "policy"), settings.bind, CALLERS | LIMITS_CALLERS)
     async with (

@@ -59,8 +59,13 @@ class AuditLog:
         return self._directory / f"{self.chain}.head.json"
 
     async def append(self, records: list[bytes]) -> None:
-        """Write records and wait until they are on disk. Raises AuditUnavailable or InvalidRequest."""
-        parsed = [_parse(record) for record in records]
+        """Write records and wait until they are on disk. Raises AuditUnavailable or InvalidRequest.
+
+        A caller that goes away does not stop a write that has begun: it would be in the file and not in `head`.
+        """
+        await asyncio.shield(self._append([_parse(record) for record in records]))
+
+    async def _append(self, parsed: list[dict[str, Any]]) -> None:
         async with self._writing:
             new = [record for record in parsed if record["id"] not in self._ids]
             if not new:

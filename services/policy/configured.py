@@ -15,7 +15,7 @@ from inferflux.config import env_name
 from inferflux.errors import ConfigError, PolicyInvalid
 from inferflux.policy.document import canonical, dump
 
-FILE, TEXT = env_name("policy_file"), env_name("policy")
+FILE, TEXT = env_name("policy_document"), env_name("policy_sections")
 
 
 def read_configured(file: Path, text: str) -> bytes | None:

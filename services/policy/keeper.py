@@ -83,7 +83,8 @@ class Keeper:
         try:
             book = await self.change(edit)
         except Unavailable as e:
-            self._abandoned.add(number)
+            if number:  # the store was there when it was asked, so it may have taken it
+                self._abandoned.add(number)
             raise PolicyPersistFailed(f"the policy was not changed: {e.message}", retry_after_s=1.0) from e
         return book.history.get(number)
 

@@ -14,7 +14,7 @@ book says then that it is damaged. Records of an old key of the ring are written
 from __future__ import annotations
 
 import asyncio
-import hashlib
+import json
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -49,7 +49,7 @@ MAX_REVISION = 2**62
 # redis-py's own types say bytes and text, coroutine and value, all at once.
 Client = Any
 Pipe = Any
-R = TypeVar("R", Key, Revision, str)
+R = TypeVar("R")
 
 
 class PolicyStore:
@@ -162,10 +162,12 @@ class PolicyStore:
             return None
 
     def _damage(self, seal: str | None, book: KeyBook) -> str:
-        """Say what is wrong with a stored book, as far as the seal knows; empty: nothing."""
-        if seal is None or (sealed := self._opened(SEAL, seal, str)) is None:
+        """Say what a stored book lacks of what the seal knows; empty: nothing. More than that does no harm."""
+        if seal is None or (sealed := self._opened(SEAL, seal, json.loads)) is None:
             return "the policy store has records and no good seal"
-        return "" if sealed == _sealed(book) else "the policy store lacks its newest policy or a revocation"
+        revisions, revoked = {*book.history.revisions, 0}, book.revoked
+        is_whole = revisions.issuperset(sealed["revisions"]) and revoked.issuperset(sealed["revoked"])
+        return "" if is_whole else "the policy store lacks its newest policy or a revocation"
 
 
 def _name(kind: str, name: str) -> str:
@@ -175,8 +177,8 @@ def _name(kind: str, name: str) -> str:
 
 def _sealed(book: KeyBook) -> str:
     """Write down what must not be missing from a book, or else more would be allowed."""
-    revoked = hashlib.sha256("\n".join(sorted(book.revoked)).encode()).hexdigest()
-    return f"{book.history.newest.revision} {book.history.live.revision} {revoked}"
+    revisions = [book.history.newest.revision, book.history.live.revision]
+    return json.dumps({"revisions": revisions, "revoked": sorted(book.revoked)})
 
 
 def _client(url: str) -> Client:

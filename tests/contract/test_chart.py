@@ -119,7 +119,7 @@ def test_each_process_gets_its_own_keys_and_no_others(overlay: str) -> None:
     """A role's certificate alone, and of the shared keys those that it uses; the CA's key goes to nobody."""
     wanted = {
         "gateway": {"pepper.key", "tenant.key", "snapshot.pub", "ops.token"},
-        "policy": {"pepper.key", "snapshot.key", "ops.token", "redis.url", "api-keys"},
+        "policy": {"pepper.key", "snapshot.key", "store.key", "ops.token", "redis.url", "api-keys"},
         "registry": {"ops.token", "redis.url"},
         "prefill": {"ticket.key", "ops.token"},
         "decode": {"ticket.key", "ops.token"},

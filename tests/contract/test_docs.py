@@ -34,7 +34,7 @@ PAGES = [*DOCS.rglob("*.md"), *ROOT.glob("*.md"), ROOT / "bench" / "README.md"]
 VARIABLE = re.compile(r"\b(?:INFERFLUX|INFERCTL|OTEL)_[A-Z][A-Z_]*[A-Z]\b")
 TITLES = {"inferflux.worker": "Workers", "services.gateway": "Gateway"}
 TITLES |= {"services.policy": "Policy", "services.registry": "Registry"}
-EXAMPLES = {"INFERFLUX_FOO_BAR"}
+EXAMPLES = {"INFERFLUX_FOO_BAR", "INFERFLUX_FOO_BAR_FILE"}
 
 
 def rows(text: str) -> dict[str, list[str]]:
@@ -153,7 +153,10 @@ def test_every_variable_is_documented() -> None:
     documented = set(VARIABLE.findall(page("configuration.md")))
 
     assert literal <= documented
-    assert {v for file in PAGES for v in VARIABLE.findall(file.read_text())} <= known | literal
+    from_files = {f"{variable}_FILE" for variable in known}
+    deployed = {v for file in (ROOT / "deploy").rglob("*.y*ml") for v in VARIABLE.findall(file.read_text())}
+    pages = {v for file in PAGES for v in VARIABLE.findall(file.read_text())}
+    assert pages <= known | literal | from_files | deployed
 
 
 def test_every_flag_is_documented() -> None:

@@ -204,6 +204,37 @@ async def test_records_are_encrypted_anew_with_the_first_key_of_the_ring(server,
         assert await rotated.revision() == written.revision
 
 
+async def test_a_change_that_failed_and_was_taken_all_the_same_is_taken_back(server, store, replica):
+    """As soon as that is seen; a change that never got there leaves nothing to take back."""
+    keeper, other = (Keeper(s, ManualClock(NOW_MS / 1000), []) for s in (store, replica))
+    await keeper.refresh()
+    first = await keeper.apply(lambda _: draft(b"{}", "a", ""), None)
+    taken = await other.apply(lambda _: draft(DOCUMENT, "b", ""), None)
+    keeper._abandoned.add(taken.revision)  # its own write, whose answer was lost
+    server.kill()
+    with pytest.raises(PolicyPersistFailed):
+        await keeper.apply(lambda _: draft(DOCUMENT, "a", ""), None)
+    server.start()
+    await keeper.refresh()
+    await other.refresh()
+
+    live = keeper.book().history.live
+    assert (live.document, live.author) == (first.document, "policy")
+    assert str(taken.revision) in live.reason
+    assert other.book() == keeper.book()
+
+
+async def test_a_revocation_that_was_taken_out_is_noticed_and_one_that_was_put_in_is_not_damage(server, store):
+    """A restored backup may know of more revocations than its seal."""
+    await store.update(adding(1))
+    await store.update(lambda book: book.revoke(key(1).key_id, NOW_MS))
+    server.command("SADD", "ifx:{policy}:revoked", "key_2")
+    assert (await read(store)).damage == ""
+    server.command("SREM", "ifx:{policy}:revoked", key(1).key_id)
+
+    assert "revocation" in (await store.update(lambda book: book)).damage
+
+
 @pytest.mark.parametrize("attack", ["change", "cut", "swap", "seal", "foreign seal", "old"])
 async def test_a_poisoned_policy_is_repaired_by_who_knows_it_and_used_by_nobody(server, store, replica, attack):
     """A service that has just started publishes nothing, rather than an older policy or none."""

@@ -7,7 +7,7 @@ import shutil
 import socket
 import subprocess
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import httpx
@@ -20,6 +20,12 @@ from tests.support.service import Service, temporary_home
 KEY = "ifx_admin-of-the-tests"
 READER = "ifx_reader-of-the-tests"
 ADMIN = {"authorization": f"Bearer {KEY}"}
+
+
+def answers(url: str) -> bool:
+    with suppress(httpx.HTTPError):
+        return httpx.get(f"{url}/livez", trust_env=False).status_code == 200
+    return False
 
 
 class Plane:
@@ -39,8 +45,10 @@ class Plane:
         nobody, settings = f"unix:{self.home}/registry.sock", {"http_port": str(port)} | settings
         addresses = {"policy_address": self.policy.address, "registry_address": nobody}
         gateway = self._run("services.gateway", f"gateway-{number}", **addresses, **settings)
+        url = f"http://127.0.0.1:{port}"
         poll(lambda: "policy" not in gateway.readiness().get("reason", "policy"), 30, "the gateway has no policy")
-        return f"http://127.0.0.1:{port}"
+        poll(lambda: answers(url), 30, "the gateway does not answer")
+        return url
 
     def _run(self, module: str, name: str, **settings: str) -> Service:
         service = Service(module, name, self.home, settings)

@@ -456,7 +456,7 @@ async def test_what_is_configured_is_in_force_until_an_administrator_changes_it(
     """File, then environment, then administrators; also after a restart."""
     file = cluster.home / "policy.toml"
     file.write_text("[audit]\nsample = 0.1\n[guardrails]\n")
-    service = cluster.service(policy_file=str(file), policy='{"audit": {"sample": 0.2}}')
+    service = cluster.service(policy_document=str(file), policy_sections='{"audit": {"sample": 0.2}}')
     async with client(service) as stub:
         await until(service.is_ready)
         configured = (await stub.GetPolicy(pb.GetPolicyRequest())).policy

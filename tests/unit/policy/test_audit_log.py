@@ -148,3 +148,18 @@ async def test_what_is_no_record_is_refused(tmp_path, open_log, bad):
     with pytest.raises(InvalidRequest):
         await log.append([record(1), bad])
     assert log.head.seq == 0
+
+
+async def test_a_writer_that_goes_away_leaves_a_good_log(tmp_path, open_log):
+    """Its record is there, or not; the next one follows it."""
+    log = open_log(tmp_path)
+    for number in range(20):
+        task = asyncio.create_task(log.append([record(2 * number)]))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        task.cancel()
+        await log.append([record(2 * number + 1)])
+    await log.close()
+
+    assert verdict(tmp_path).problem == ""
+    assert verdict(tmp_path).end.seq >= 20
