@@ -66,7 +66,17 @@ CALLS = list(forbidden())
 
 
 async def call(address: str, identity: Identity, server: str, method: str) -> grpc.StatusCode:
-    """Call a method with an empty message, of whatever shape it is; gives the status."""
+    """Call a method with an empty message, of whatever shape it is; gives the status.
+
+    A refusal may come before the message is written; the client then knows no better than INTERNAL, and asks again.
+    """
+    for _ in range(10):
+        if (code := await _call(address, identity, server, method)) is not grpc.StatusCode.INTERNAL:
+            return code
+    return grpc.StatusCode.INTERNAL
+
+
+async def _call(address: str, identity: Identity, server: str, method: str) -> grpc.StatusCode:
     async with open_channel(address, identity, server) as channel:
         stream = channel.stream_stream(method)(iter([b""]), timeout=10)
         try:
