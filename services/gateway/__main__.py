@@ -110,7 +110,6 @@ async def serve(settings: Settings, sock: socket.socket, lifecycle: Lifecycle) -
         views, pools = PolicyViews(documents, policy.reached), PoolsApi(registry_channel)
         apis = (admin, cache, policy_api, views, audit_api, usage, pools)
         app = create_app(idempotency, apis, pool.models, lifecycle)
-        _log.debug("routes", extra={"routes": app.routes()})
         lifecycle.add_readiness("policy", lambda: None if policy.value is not None else "not heard yet")
         lifecycle.add_readiness("workers", pool.objection)
         tasks.spawn(policy.follow(policy_client.watch), "policy")
