@@ -108,7 +108,6 @@ async def serve(settings: Settings, sock: socket.socket, lifecycle: Lifecycle) -
         usage = UsageApi(limits_client, lambda: policy.value.live.limits if policy.value is not None else None)
         apis = (admin, cache, *documents_apis, usage, PoolsApi(registry_channel))
         app = create_app(idempotency, apis, pool.models, lifecycle)
-        _log.debug("routes", extra={"routes": app.routes()})
         lifecycle.add_readiness("policy", lambda: None if policy.value is not None else "not heard yet")
         lifecycle.add_readiness("workers", pool.objection)
         tasks.spawn(policy.follow(policy_client.watch), "policy")

@@ -6,6 +6,7 @@ Inference goes through one raw ASGI endpoint with a gate of its own; the rest is
 from __future__ import annotations
 
 import ipaddress
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -31,6 +32,7 @@ from services.gateway.resumption import STREAMS, Resumption
 from services.gateway.views import Model
 
 Models = Callable[[Allowance], tuple[Model, ...]]
+_log = logging.getLogger(__name__)
 _BY_PROXY = ("forwarded", "x-forwarded-for", "via")
 
 
@@ -113,7 +115,9 @@ def create_app(idempotency: Idempotency, admin: Sequence[AdminRoutes], models: M
         app.include_router(api.router(), dependencies=gates)
     for kind in (InferfluxError, HTTPException, Exception):
         app.add_exception_handler(kind, _answer_error)
-    return Doorway(app, inference, idempotency, Resumption(inference))
+    doorway = Doorway(app, inference, idempotency, Resumption(inference))
+    _log.debug("routes", extra={"routes": doorway.routes()})
+    return doorway
 
 
 def _spelled(path: str, raw_path: bytes) -> str:

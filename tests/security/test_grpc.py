@@ -17,6 +17,7 @@ from inferflux.rpc.client import open_channel
 from inferflux.rpc.mtls import ROLES, Identity
 from inferflux.v1 import (
     decode_service_pb2,
+    limits_service_pb2,
     policy_service_pb2,
     prefill_service_pb2,
     registry_service_pb2,
@@ -25,6 +26,7 @@ from inferflux.v1 import (
 
 FILES = (
     decode_service_pb2,
+    limits_service_pb2,
     policy_service_pb2,
     prefill_service_pb2,
     registry_service_pb2,
@@ -32,7 +34,12 @@ FILES = (
 )
 # Written down anew, as the protos say it. First the process, then who may call a service, then the exceptions.
 SERVICES = {
-    "PolicyService": ("policy", {"operator", "gateway"}, {"WatchSnapshot": {"gateway"}}),
+    "PolicyService": (
+        "policy",
+        {"operator", "gateway"},
+        {name: {"gateway"} for name in ("WatchSnapshot", "ReportPolicy", "AppendAudit")},
+    ),
+    "LimitsService": ("policy", {"gateway"}, {"GetUsage": {"gateway", "operator"}}),
     "RegistryService": (
         "registry",
         {"operator", "gateway"},
@@ -66,7 +73,17 @@ CALLS = list(forbidden())
 
 
 async def call(address: str, identity: Identity, server: str, method: str) -> grpc.StatusCode:
-    """Call a method with an empty message, of whatever shape it is; gives the status."""
+    """Call a method with an empty message, of whatever shape it is; gives the status.
+
+    A refusal may come before the message is written; the client then knows no better than INTERNAL, and asks again.
+    """
+    for _ in range(10):
+        if (code := await _call(address, identity, server, method)) is not grpc.StatusCode.INTERNAL:
+            return code
+    return grpc.StatusCode.INTERNAL
+
+
+async def _call(address: str, identity: Identity, server: str, method: str) -> grpc.StatusCode:
     async with open_channel(address, identity, server) as channel:
         stream = channel.stream_stream(method)(iter([b""]), timeout=10)
         try:

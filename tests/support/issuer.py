@@ -165,7 +165,7 @@ def forgeries(issuer: TokenIssuer) -> dict[str, str]:
         "exp true": sign(header, issuer.claims(exp=True), rsa),
         "exp in a thousand years": sign(header, issuer.claims(exp=now + 31_536_000_000), rsa),
         "exp beyond all floats": sign(header, issuer.claims(exp=10**400, iat=now + 0.5), rsa),
-        "not yet": sign(header, issuer.claims(nbf=now + 120), rsa),
+        "not yet": sign(header, issuer.claims(nbf=now + 3600), rsa),
         "nbf a text": sign(header, issuer.claims(nbf="0"), rsa),
         "issued tomorrow": sign(header, issuer.claims(iat=now + 86_400, exp=now + 86_500), rsa),
         "iat missing": sign(header, issuer.claims(iat=None), rsa),

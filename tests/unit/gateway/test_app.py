@@ -198,12 +198,22 @@ async def test_nothing_but_health_answers_without_a_key(client, path):
 @pytest.mark.parametrize("path", ALL_PATHS)
 async def test_other_spellings_of_a_path_are_not_there(client, path):
     """No redirect, no second name that a filter in front of us might not know."""
-    for spelling in (path + "/", "/" + path, path.upper(), path + ";x", path + "%00"):
+    encoded = ("/%" + f"{ord(path[1]):02x}" + path[2:], path[:-1] + f"%{ord(path[-1]):02X}", path.replace("/", "%2f"))
+    for spelling in (path + "/", "/" + path, path.upper(), path + ";x", path + "%00", *encoded):
         if path.startswith("/v1/models/"):  # a model may have any name
             continue
         response = await client.post(f"http://gateway{spelling}", headers=bearer(Scope.ADMIN))
 
         assert response.status_code in {404, 405}, spelling
+
+
+async def test_a_models_name_may_be_written_with_escapes(client):
+    """Clients escape the slash in it, or don't."""
+    for spelling in ("tiny", "%74iny"):
+        assert (await client.get(f"/v1/models/{spelling}", headers=bearer(Scope.READ))).status_code == 200
+    for spelling in ("org/tiny", "org%2Ftiny"):
+        response = await client.get(f"/v1/models/{spelling}", headers=bearer(Scope.READ))
+        assert "org/tiny" in response.json()["error"]["message"]
 
 
 NEEDS = {
