@@ -25,7 +25,6 @@ REPOSITORY = Path(__file__).parents[2]
 DOCKER = REPOSITORY / "deploy" / "docker"
 ALERTS = REPOSITORY / "deploy" / "helm" / "inferflux" / "files" / "alerts.yaml"
 COMPOSE = ("docker-compose.yml", "docker-compose.gpu.yml", "docker-compose.sim.yml")
-ELSEWHERE = {"INFERFLUX_PORT", "INFERFLUX_MODEL_FOLDER"}
 SUFFIXES = ("_total", "_bucket", "_sum", "_count")
 
 

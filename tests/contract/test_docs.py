@@ -22,7 +22,7 @@ import inferflux.cli
 import services
 from inferflux import errors
 from inferflux.cli.main import app
-from inferflux.config import CommonSettings, env_name
+from inferflux.config import FILE_SUFFIX, CommonSettings, env_name
 from inferflux.errors import InferfluxError
 from inferflux.telemetry import metrics
 from inferflux.telemetry.tally import TallyHistogram
@@ -34,7 +34,7 @@ PAGES = [*DOCS.rglob("*.md"), *ROOT.glob("*.md"), ROOT / "bench" / "README.md"]
 VARIABLE = re.compile(r"\b(?:INFERFLUX|INFERCTL|OTEL)_[A-Z][A-Z_]*[A-Z]\b")
 TITLES = {"inferflux.worker": "Workers", "services.gateway": "Gateway"}
 TITLES |= {"services.policy": "Policy", "services.registry": "Registry"}
-EXAMPLES = {"INFERFLUX_FOO_BAR"}
+EXAMPLES = {"INFERFLUX_FOO_BAR", "INFERFLUX_FOO_BAR_FILE"}
 
 
 def rows(text: str) -> dict[str, list[str]]:
@@ -148,7 +148,7 @@ def test_every_setting_is_documented() -> None:
 
 def test_every_variable_is_documented() -> None:
     """Variables named anywhere in the code are in docs/configuration.md, and those of the pages exist."""
-    known = {name for _, cls in settings() for name in defaults(cls)}
+    known = {name + suffix for _, cls in settings() for name in defaults(cls) for suffix in ("", FILE_SUFFIX)}
     literal = (variables_in("inferflux") | variables_in("services")) - EXAMPLES
     documented = set(VARIABLE.findall(page("configuration.md")))
 
