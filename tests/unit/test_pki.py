@@ -80,9 +80,9 @@ def test_secrets_are_random_private_and_kept(tmp_path: Path) -> None:
     pki.ensure_secrets(tmp_path)
 
     assert contents(tmp_path) == before
-    assert sorted(before) == ["pepper.key", "snapshot.key", "snapshot.pub", "tenant.key", "ticket.key"]
+    assert sorted(before) == ["pepper.key", "snapshot.key", "snapshot.pub", "store.key", "tenant.key", "ticket.key"]
     assert {len(secret) for secret in before.values()} == {32}
-    assert len(set(before.values())) == 5
+    assert len(set(before.values())) == 6
     assert {file.stat().st_mode & 0o777 for file in tmp_path.iterdir()} == {0o600}
 
 
