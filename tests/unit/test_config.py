@@ -35,7 +35,7 @@ def test_reads_every_supported_type_from_the_environment() -> None:
         "INFERFLUX_INSTANCE_ID": "decode-0",
         "INFERFLUX_ROLE": "prefill",
         "INFERFLUX_ENGINE": "sim",
-        "GATEWAY_PORT": "9",
+        "INFERFLUX_PORT": "9",
         "INFERFLUX_RATIO": "0.25",
         "INFERFLUX_VERBOSE": "true",
         "INFERFLUX_MODEL_DIR": "/models/a",
@@ -55,7 +55,7 @@ def test_reads_every_supported_type_from_the_environment() -> None:
 
 def test_names_every_problem_at_once() -> None:
     """One run shows all keys that are bad or missing."""
-    environ = {"GATEWAY_PORT": "x", "INFERFLUX_VERBOSE": "maybe", "INFERFLUX_ENGINE": "tgi"}
+    environ = {"INFERFLUX_PORT": "x", "INFERFLUX_VERBOSE": "maybe", "INFERFLUX_ENGINE": "tgi"}
 
     with pytest.raises(ConfigError) as raised:
         config.load(Settings, environ)
@@ -63,7 +63,7 @@ def test_names_every_problem_at_once() -> None:
     assert sorted(raised.value.message.splitlines()) == [
         "INFERFLUX_ENGINE: must be one of vllm, sim, is 'tgi'",
         "INFERFLUX_INSTANCE_ID: missing",
-        "GATEWAY_PORT: must be an integer, is 'x'",
+        "INFERFLUX_PORT: must be an integer, is 'x'",
         "INFERFLUX_VERBOSE: must be true or false, is 'maybe'",
     ]
 
@@ -73,7 +73,7 @@ def test_environment_wins_over_file_and_file_over_defaults(tmp_path: Path) -> No
     file = tmp_path / "inferflux.toml"
     file.write_text('instance_id = "from-file"\nport = 1\nratio = 1\nverbose = true\ncpu_cores = ["2", "3"]\n')
 
-    settings = config.load(Settings, {"GATEWAY_PORT": "2"}, file)
+    settings = config.load(Settings, {"INFERFLUX_PORT": "2"}, file)
 
     assert (settings.instance_id, settings.port, settings.ratio, settings.verbose) == ("from-file", 2, 1.0, True)
     assert settings.cpu_cores == ("2", "3")
@@ -126,7 +126,7 @@ def test_numbers_survive_their_text(port: int, ratio: float, verbose: bool) -> N
     """Reading back what was written gives the same values."""
     environ = {
         "INFERFLUX_INSTANCE_ID": "a",
-        "GATEWAY_PORT": str(port),
+        "INFERFLUX_PORT": str(port),
         "INFERFLUX_RATIO": repr(ratio),
         "INFERFLUX_VERBOSE": str(verbose),
     }
@@ -145,12 +145,12 @@ def test_checks_of_the_dataclass_become_config_errors() -> None:
 
         def __post_init__(self) -> None:
             if self.port < 0:
-                raise ValueError("GATEWAY_PORT: must not be negative")
+                raise ValueError("INFERFLUX_PORT: must not be negative")
 
     Checked.__annotations__ = {"port": int}
 
     with pytest.raises(ConfigError, match="must not be negative"):
-        config.load(Checked, {"GATEWAY_PORT": "-1"})
+        config.load(Checked, {"INFERFLUX_PORT": "-1"})
 
 
 def test_home_and_models_come_from_the_environment(tmp_path: Path) -> None:
