@@ -164,7 +164,7 @@ def test_grace_covers_the_drain() -> None:
 
 
 def test_a_planner_that_acts_may_do_no_more_than_it_must() -> None:
-    """It scales the pools that it was told of, marks pods and holds its lease; its specs are what the registry reads."""
+    """It scales the pools it was told of, marks pods and holds its lease; its specs are what the registry reads."""
     planned = {**pool(), "prefill": {**pool()["prefill"], "planner": {"mode": "act", "maxReplicas": 5, "sloMs": 900}}}
     done = template((SIM,), {"planner": {"mode": "kubernetes"}, "pools": [planned]})
     objects = [value for value in yaml.safe_load_all(done.stdout) if value]
