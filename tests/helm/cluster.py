@@ -81,11 +81,11 @@ class Cluster:
 
 
 @contextmanager
-def cluster(namespace: str) -> Iterator[Cluster]:
-    """Give a cluster with a fresh namespace that takes restricted pods only."""
+def cluster(namespace: str, real: str = "") -> Iterator[Cluster]:
+    """Give a cluster with a fresh namespace that takes restricted pods only. `real`: the kubeconfig of one that is."""
     directory = Path(tempfile.mkdtemp(prefix="ifx-kube-", dir="/tmp"))
     try:
-        if real := os.environ.get("KUBECONFIG"):
+        if real:
             found = Cluster(Path(real), namespace, False, directory)
             with _namespace(found):
                 yield found

@@ -32,8 +32,6 @@ SLEEPER = {
 @pytest.fixture(scope="module")
 def kube() -> Iterator[Cluster]:
     with cluster("fake") as found:
-        if not found.is_fake:
-            pytest.skip("KUBECONFIG names a real cluster: nothing of ours to test")
         yield found
 
 

@@ -46,7 +46,7 @@ class Load:
 
 @pytest.fixture(scope="module")
 def kube() -> Iterator[Cluster]:
-    with cluster(f"ifx-test-{os.getpid()}") as found:
+    with cluster(f"ifx-test-{os.getpid()}", os.environ.get("KUBECONFIG", "")) as found:
         found.apply(CLAIM)
         yield found
 
