@@ -39,4 +39,5 @@ def _listeners() -> Iterator[tuple[str, Endpoint]]:
 def _address(text: str) -> str:
     """Read an address as /proc has it: words in the machine's byte order."""
     raw = b"".join(struct.pack("=I", int(text[i : i + 8], 16)) for i in range(0, len(text), 8))
-    return socket.inet_ntop(socket.AF_INET if len(raw) == 4 else socket.AF_INET6, raw)
+    text = socket.inet_ntop(socket.AF_INET if len(raw) == 4 else socket.AF_INET6, raw)
+    return text.removeprefix("::ffff:")  # how gRPC binds an address of version 4
