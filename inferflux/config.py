@@ -88,9 +88,12 @@ def _fields(cls: type[Any]) -> dict[str, dataclasses.Field[Any]]:
 
 def _read_environ(cls: type[Any], environ: Mapping[str, str], problems: list[str]) -> dict[str, tuple[str, Any]]:
     raw: dict[str, tuple[str, Any]] = {}
+    names = {env_name(name) for name in _fields(cls)}
     for name in _fields(cls):
         key, file_key = env_name(name), env_name(name) + FILE_SUFFIX
-        if key in environ and file_key in environ:
+        if file_key in names:  # a setting of its own, e.g. policy_file beside policy
+            raw |= {name: (key, environ[key])} if key in environ else {}
+        elif key in environ and file_key in environ:
             problems.append(f"{key}: set together with {file_key}")
         elif key in environ:
             raw[name] = key, environ[key]

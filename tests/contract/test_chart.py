@@ -9,16 +9,18 @@ import subprocess
 from typing import Any
 
 import pytest
+import yaml
 
 from inferflux import pki
-from inferflux.config import env_name
+from inferflux.config import FILE_SUFFIX, env_name
 from inferflux.policy.signature import KEY_FILE, PUBLIC_FILE, public_key
 from inferflux.rpc.mtls import ROLES
 from inferflux.worker.settings import WorkerSettings
 from services.gateway.settings import Settings as GatewaySettings
 from services.policy.__main__ import Settings as PolicySettings
 from services.registry.__main__ import Settings as RegistrySettings
-from tests.support.chart import CHART, OVERLAYS, SIM, of_kind, pods, rendered
+from services.registry.planner.spec import PoolSpec
+from tests.support.chart import CHART, OVERLAYS, SIM, of_kind, pods, pool, rendered, template
 from tests.support.fake_kube import pod_security, schema, semantics
 from tests.support.kube_tools import tool
 from tests.support.network_policy import allows, allows_outside
@@ -67,11 +69,12 @@ def test_lint_is_strict_and_silent() -> None:
 
 @pytest.mark.parametrize("overlay", ["laptop", "gpu", "ha"])
 def test_pods_meet_the_restricted_standard(overlay: str) -> None:
-    """All of them, with a read-only root and without a token of the API."""
+    """All of them, with a read-only root, and only a planner that acts has a token of the API."""
     for name, pod in pods(overlay).items():
         hostless = copy.deepcopy(pod["spec"])
         assert list(pod_security.violations(hostless, "restricted")) == [], name
-        assert pod["spec"]["automountServiceAccountToken"] is False
+        is_planner = overlay == "ha" and component(pod) == "registry"
+        assert pod["spec"]["automountServiceAccountToken"] is is_planner
         assert all(c["securityContext"]["readOnlyRootFilesystem"] for c in pod["spec"]["containers"]), name
 
 
@@ -109,9 +112,10 @@ def test_settings_are_those_that_processes_read() -> None:
         for pod in pods(overlay).values():
             fields = SETTINGS.get(component(pod))
             for variable in pod["spec"]["containers"][0].get("env", ()) if fields else ():
-                name = variable["name"].removesuffix("_FILE")
-                if name.startswith("INFERFLUX_"):
-                    assert name in {env_name(field) for field in fields.__dataclass_fields__}, name
+                known = {
+                    env_name(field) + suffix for field in fields.__dataclass_fields__ for suffix in ("", FILE_SUFFIX)
+                }
+                assert variable["name"] in known or not variable["name"].startswith("INFERFLUX_"), variable
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
@@ -157,3 +161,30 @@ def test_grace_covers_the_drain() -> None:
             budget_s = float(env.get("INFERFLUX_DRAIN_BUDGET_S") or env["INFERFLUX_DRAIN_TIMEOUT_S"])
             hook = pod["spec"]["containers"][0].get("lifecycle", {}).get("preStop", {}).get("sleep", {"seconds": 0})
             assert pod["spec"]["terminationGracePeriodSeconds"] >= budget_s + hook["seconds"] + 10, name
+
+
+def test_a_planner_that_acts_may_do_no_more_than_it_must() -> None:
+    """It scales the pools it was told of, marks pods and holds its lease; its specs are what the registry reads."""
+    planned = {**pool(), "prefill": {**pool()["prefill"], "planner": {"mode": "act", "maxReplicas": 5, "sloMs": 900}}}
+    done = template((SIM,), {"planner": {"mode": "kubernetes"}, "pools": [planned]})
+    objects = [value for value in yaml.safe_load_all(done.stdout) if value]
+    rules = next(value for value in objects if value["kind"] == "Role")["rules"]
+    text = next(v for v in objects if v["metadata"]["name"] == "t-inferflux-pools")["data"]["pools.json"]
+    specs = [PoolSpec.from_json(item) for item in json.loads(text)]
+    target = next(
+        v for v in objects if v["metadata"]["name"] == "t-inferflux-sim-prefill" and v["kind"] == "Deployment"
+    )
+
+    assert [(spec.name, spec.target, spec.max_replicas, spec.slo_ms) for spec in specs] == [
+        ("prefill/sim-model", "deployment/t-inferflux-sim-prefill", 5, 900)
+    ]
+    assert "replicas" not in target["spec"]
+    allowed = {(rule["resources"][0], verb): rule.get("resourceNames") for rule in rules for verb in rule["verbs"]}
+    assert allowed == {
+        ("deployments/scale", "get"): ["t-inferflux-sim-prefill"],
+        ("deployments/scale", "patch"): ["t-inferflux-sim-prefill"],
+        ("pods", "patch"): None,
+        ("leases", "get"): ["inferflux-planner"],
+        ("leases", "update"): ["inferflux-planner"],
+        ("leases", "create"): None,
+    }

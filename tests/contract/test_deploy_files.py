@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -25,7 +26,6 @@ REPOSITORY = Path(__file__).parents[2]
 DOCKER = REPOSITORY / "deploy" / "docker"
 ALERTS = REPOSITORY / "deploy" / "helm" / "inferflux" / "files" / "alerts.yaml"
 COMPOSE = ("docker-compose.yml", "docker-compose.gpu.yml", "docker-compose.sim.yml")
-ELSEWHERE = {"INFERFLUX_PORT", "INFERFLUX_MODEL_FOLDER"}
 SUFFIXES = ("_total", "_bucket", "_sum", "_count")
 
 
@@ -35,7 +35,12 @@ def known_metrics() -> set[str]:
 
 
 def test_alerts_speak_of_metrics_that_exist() -> None:
-    """Each name in an expression is one of ours; each alert says what happened and how bad it is."""
+    """Each name in an expression is one of ours; each alert says what happened and how bad it is.
+
+    Where there is Prometheus, its promtool reads them too.
+    """
+    if promtool := shutil.which("promtool"):
+        subprocess.run([promtool, "check", "rules", "--lint=all", str(ALERTS)], check=True, timeout=60)
     rules = yaml.safe_load(ALERTS.read_text())["groups"][0]["rules"]
     known = known_metrics()
     for rule in rules:

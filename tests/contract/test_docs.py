@@ -22,7 +22,7 @@ import inferflux.cli
 import services
 from inferflux import errors
 from inferflux.cli.main import app
-from inferflux.config import CommonSettings, env_name
+from inferflux.config import FILE_SUFFIX, CommonSettings, env_name
 from inferflux.errors import InferfluxError
 from inferflux.telemetry import metrics
 from inferflux.telemetry.tally import TallyHistogram
@@ -148,7 +148,7 @@ def test_every_setting_is_documented() -> None:
 
 def test_every_variable_is_documented() -> None:
     """Variables named anywhere in the code are in docs/configuration.md, and those of the pages exist."""
-    known = {name for _, cls in settings() for name in defaults(cls)}
+    known = {name + suffix for _, cls in settings() for name in defaults(cls) for suffix in ("", FILE_SUFFIX)}
     literal = (variables_in("inferflux") | variables_in("services")) - EXAMPLES
     documented = set(VARIABLE.findall(page("configuration.md")))
 

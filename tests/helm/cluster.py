@@ -81,11 +81,11 @@ class Cluster:
 
 
 @contextmanager
-def cluster(namespace: str) -> Iterator[Cluster]:
-    """Give a cluster with a fresh namespace that takes restricted pods only."""
+def cluster(namespace: str, real: str = "") -> Iterator[Cluster]:
+    """Give a cluster with a fresh namespace that takes restricted pods only. `real`: the kubeconfig of one that is."""
     directory = Path(tempfile.mkdtemp(prefix="ifx-kube-", dir="/tmp"))
     try:
-        if real := os.environ.get("KUBECONFIG"):
+        if real:
             found = Cluster(Path(real), namespace, False, directory)
             with _namespace(found):
                 yield found
@@ -133,9 +133,9 @@ def _namespace(found: Cluster) -> Iterator[None]:
         found.kubectl("delete", "namespace", found.namespace, "--wait=false")
 
 
-def containers(directory: Path) -> list[str]:
-    """The processes of this machine that a fake cluster in `directory` has started."""
-    found = []
+def containers(directory: Path) -> dict[int, str]:
+    """The processes of this machine that a fake cluster in `directory` has started: their commands by id."""
+    found = {}
     for process in Path("/proc").iterdir():
         if process.name.isdecimal():
             try:
@@ -144,7 +144,7 @@ def containers(directory: Path) -> list[str]:
             except OSError:
                 continue
             if f"{directory}/bin:".encode() in environ:
-                found.append(command.replace(b"\0", b" ").decode())
+                found[int(process.name)] = command.replace(b"\0", b" ").decode()
     return found
 
 

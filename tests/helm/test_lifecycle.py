@@ -16,14 +16,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from tests.helm.cluster import CHART, Cluster, cluster, containers, until
+from tests.helm.sockets import listening
 
 pytestmark = [pytest.mark.timeout(300)]
 RELEASE, MODEL = "t", "sim-model"
 FULL = f"{RELEASE}-inferflux"
 COMPONENTS = ("gateway", "policy", "registry", "prefill", "decode")
+OPS = 9090
 WAIT_S = 120.0
 CLAIM = {
     "apiVersion": "v1",
@@ -43,7 +46,7 @@ class Load:
 
 @pytest.fixture(scope="module")
 def kube() -> Iterator[Cluster]:
-    with cluster(f"ifx-test-{os.getpid()}") as found:
+    with cluster(f"ifx-test-{os.getpid()}", os.environ.get("KUBECONFIG", "")) as found:
         found.apply(CLAIM)
         yield found
 
@@ -86,6 +89,25 @@ def test_helm_test_generates_text_through_both_pools(kube: Cluster) -> None:
 
     assert f"ok {MODEL}" in output
     assert f"of KV went from {FULL}-sim-prefill" in output
+
+
+def test_nothing_listens_but_what_the_chart_says(kube: Cluster) -> None:
+    """Each pod has the ports of its manifest, at its own address; metrics are for those who show the token."""
+    if not kube.is_fake:
+        return  # only here are a pod's sockets ours to see
+    pods = [pod for pod in kube.pods() if pod["status"]["phase"] == "Running"]
+    wanted = {
+        (pod["status"]["podIP"], port["containerPort"])
+        for pod in pods
+        for container in pod["spec"]["containers"]
+        for port in container["ports"]
+    }
+    assert listening(containers(kube.directory)) == wanted
+
+    token = base64.b64decode(kube.get("secret", f"{FULL}-keys")["data"]["ops.token"]).decode()
+    for address in {address for address, port in wanted if port == OPS}:
+        assert _scrape(address, "wrong").status_code == 401
+        assert "inferflux_" in _scrape(address, token).text
 
 
 @pytest.mark.parametrize("role", ["decode", "prefill"])
@@ -152,7 +174,7 @@ def test_uninstall_leaves_nothing(kube: Cluster) -> None:
     left = [item["metadata"]["name"] for item in kube.get(kinds)["items"]]
 
     assert [name for name in left if "inferflux" in name] == []
-    assert not kube.is_fake or containers(kube.directory) == []
+    assert not kube.is_fake or not containers(kube.directory)
 
 
 def _load_pod(kube: Cluster) -> list[dict[str, Any]]:
@@ -180,6 +202,10 @@ def _load_pod(kube: Cluster) -> list[dict[str, Any]]:
     }
     pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "load"}, "spec": spec}
     return [config, pod]
+
+
+def _scrape(address: str, token: str) -> httpx.Response:
+    return httpx.get(f"http://{address}:{OPS}/metrics", headers={"authorization": f"Bearer {token}"}, timeout=10)
 
 
 def _first_token(kube: Cluster) -> bool:

@@ -6,9 +6,8 @@ import copy
 from typing import Any
 
 import pytest
-import yaml
 
-from tests.support.chart import CHART, SIM, template
+from tests.support.chart import SIM, pool, template
 
 BAD: list[tuple[str, Any]] = [
     ("fullnameOverride", "Has Capitals"),
@@ -84,13 +83,9 @@ CROSSED_POOL: list[tuple[str, dict[str, Any]]] = [
     ("pools[0].transport", {"sharedMemory": None}),
     ("pools[0].decode.autoscaling.maxReplicas", {"decode.autoscaling": {"enabled": True, "minReplicas": 1}}),
     ("pools[0].prefill.parallelism.rayAuthSecret", {"prefill.parallelism": {"tensor": 2, "executor": "ray"}}),
+    ("pools[0].prefill.planner.mode", {"prefill.planner": {"mode": "act"}}),
     ("pools[0].decode.rollout", {"decode.rollout": {"maxSurge": 0, "maxUnavailable": 0}}),
 ]
-
-
-def pool() -> dict[str, Any]:
-    pools: list[dict[str, Any]] = yaml.safe_load((CHART / SIM).read_text())["pools"]
-    return pools[0]
 
 
 def changed(values: dict[str, Any], path: str, value: Any) -> dict[str, Any]:

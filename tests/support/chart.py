@@ -50,3 +50,9 @@ def pods(overlay: str) -> dict[str, dict[str, Any]]:
     """The pod templates of all workloads and tests, by name."""
     templates = {v["metadata"]["name"]: v["spec"]["template"] for v in of_kind(overlay, "Deployment", "StatefulSet")}
     return templates | {value["metadata"]["name"]: value for value in of_kind(overlay, "Pod")}
+
+
+def pool() -> dict[str, Any]:
+    """The pool that simulates."""
+    pools: list[dict[str, Any]] = yaml.safe_load((CHART / SIM).read_text())["pools"]
+    return pools[0]

@@ -183,3 +183,17 @@ def test_a_setting_may_come_from_a_file_of_its_own(tmp_path: Path) -> None:
     assert "secret@" not in str(caught.value)
     with pytest.raises(ConfigError, match=r"INFERFLUX_OPS_TOKEN_FILE: .*nowhere cannot be read"):
         config.load(CommonSettings, environ | {"INFERFLUX_OPS_TOKEN_FILE": str(tmp_path / "nowhere")})
+
+
+def test_a_setting_that_is_called_file_is_one_of_its_own(tmp_path: Path) -> None:
+    """INFERFLUX_POLICY_FILE names the file of `policy_file`, and is not where `policy` comes from."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Both(CommonSettings):
+        policy: str = ""
+        policy_file: Path = Path()
+
+    environ = {"INFERFLUX_INSTANCE_ID": "a", "INFERFLUX_POLICY_FILE": str(tmp_path / "nowhere")}
+
+    assert config.load(Both, environ).policy_file == tmp_path / "nowhere"
+    assert config.load(Both, environ | {"INFERFLUX_POLICY": "x"}).policy == "x"

@@ -63,9 +63,8 @@ inferflux.io/pool: {{ . }}
 {{- if $images.prefix }}{{ printf "%s/%s" $images.prefix $name }}{{ else }}{{ $name }}{{ end -}}
 {{- end -}}
 
-{{/* What all pods have: no token of the API, one user, no privileges. */}}
+{{/* What all pods have: one user, no privileges. */}}
 {{- define "inferflux.podCommon" -}}
-automountServiceAccountToken: false
 enableServiceLinks: false
 # Process 1 is then not ours: a SIGTERM ends a process that does not listen to it yet.
 shareProcessNamespace: true

@@ -35,6 +35,13 @@
 {{- fail (printf "%s.%s.autoscaling.minReplicas: %v is above maxReplicas %v" $at $role $scaling.minReplicas $scaling.maxReplicas) -}}
 {{- end -}}
 {{- end -}}
+{{- $isPlanned := eq (dig "planner" "mode" "" $spec) "act" -}}
+{{- if and $isPlanned $scaling.enabled -}}
+{{- fail (printf "%s.%s.planner.mode: act, but the autoscaler of the pool acts too" $at $role) -}}
+{{- end -}}
+{{- if and $isPlanned (ne $.Values.planner.mode "kubernetes") -}}
+{{- fail (printf "%s.%s.planner.mode: act needs planner.mode kubernetes, it is %s" $at $role $.Values.planner.mode) -}}
+{{- end -}}
 {{- $parallelism := $spec.parallelism | default dict -}}
 {{- if and (eq ($parallelism.executor | default "auto") "ray") (not $parallelism.rayAuthSecret) -}}
 {{- fail (printf "%s.%s.parallelism.rayAuthSecret: missing; the executor ray needs a Secret with the cluster's token" $at $role) -}}
