@@ -22,6 +22,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from inferflux.cli.pdeathsig import die_with_parent
 from inferflux.engine import create
 from inferflux.engine.base import ComputedPrompt, Engine, EngineInfo, EngineLoad, KvSource, Prefilled
@@ -182,6 +184,10 @@ class HostedEngine:
     def is_up(self) -> bool:
         assert self._process.poll() is None, self.log()[-4000:]
         return (self._directory / "host.sock").exists()
+
+    def children(self) -> list[psutil.Process]:
+        """The processes of its engine: the core, then its ranks."""
+        return psutil.Process(self._process.pid).children(recursive=True)
 
     def log(self) -> str:
         return (self._directory / "log").read_text(errors="replace")
