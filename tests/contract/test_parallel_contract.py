@@ -123,7 +123,7 @@ async def test_the_death_of_a_rank_is_the_loss_of_the_worker(engines: EnginesByR
         async for frame in frames:
             told.append(frame)
             if len(told) == 5:
-                two.children()[-1].kill()
+                two.ranks()[-1].kill()
 
     assert told[-1].end.error.reason == "WORKER_LOST"
     assert b"error" not in b"".join(frame.data for frame in told)

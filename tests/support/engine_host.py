@@ -185,9 +185,10 @@ class HostedEngine:
         assert self._process.poll() is None, self.log()[-4000:]
         return (self._directory / "host.sock").exists()
 
-    def children(self) -> list[psutil.Process]:
-        """The processes of its engine: the core, then its ranks."""
-        return psutil.Process(self._process.pid).children(recursive=True)
+    def ranks(self) -> list[psutil.Process]:
+        """The processes that its engine core has forked."""
+        host = psutil.Process(self._process.pid)
+        return [child for child in host.children(recursive=True) if child.ppid() != host.pid]
 
     def log(self) -> str:
         return (self._directory / "log").read_text(errors="replace")
