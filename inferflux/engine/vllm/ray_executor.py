@@ -23,7 +23,16 @@ from inferflux.kv import handout
 RANK_RESOURCE = "inferflux_rank"
 
 
-class CpuRank(ray_executor_v2.RayWorkerProc):
+class Rank(ray_executor_v2.RayWorkerProc):
+    """One rank, an actor. Ray ends actors by killing them, so a rank must leave nothing that somebody would clean up."""
+
+    def worker_busy_loop(self) -> None:
+        """Work until the end."""
+        take_name_away(self.worker_response_mq)
+        super().worker_busy_loop()
+
+
+class CpuRank(Rank):
     """One rank on a CPU: there is no device to find out about."""
 
     def get_node_and_physical_gpu_ids(self) -> tuple[str, list[int]]:
@@ -41,6 +50,7 @@ class RayExecutor(ray_executor_v2.RayExecutorV2):
     uses_ray = True
 
     def _init_executor(self) -> None:
+        ray_executor_v2.RayWorkerProc = Rank
         if current_platform.is_cpu():
             type(current_platform).ray_device_key = RANK_RESOURCE
             ray_executor_v2.RayWorkerProc = CpuRank
@@ -51,6 +61,7 @@ class RayExecutor(ray_executor_v2.RayExecutorV2):
         with handout.offered(arena_fd) if arena_fd is not None else nullcontext(Path()) as path:
             extra["arena_socket"] = str(path)
             super()._init_executor()
+        take_name_away(self.rpc_broadcast_mq)
 
     def _build_runtime_env(self) -> dict[str, Any]:
         """Set what must be there before an actor imports torch."""
@@ -59,3 +70,11 @@ class RayExecutor(ray_executor_v2.RayExecutorV2):
             {name: os.environ[name] for name in INHERITED if name in os.environ}
         )
         return runtime_env
+
+
+def take_name_away(queue: Any) -> None:
+    """Remove a queue's memory from /dev/shm, where all who need it have mapped it: it goes with the last of them."""
+    buffer = getattr(queue, "buffer", None)
+    if buffer is not None and buffer.is_creator:
+        buffer.shared_memory.unlink()
+        buffer.is_creator = False
