@@ -24,7 +24,7 @@ RANK_RESOURCE = "inferflux_rank"
 
 
 class Rank(ray_executor_v2.RayWorkerProc):
-    """One rank, an actor. Ray ends actors by killing them, so a rank must leave nothing that somebody would clean up."""
+    """One rank, an actor. Ray kills actors, so a rank must leave nothing that it would have to clean up."""
 
     def worker_busy_loop(self) -> None:
         """Work until the end."""
