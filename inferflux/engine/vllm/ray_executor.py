@@ -9,8 +9,7 @@ new group. On CPUs, where Ray knows no accelerators, each rank holds one unit of
 from __future__ import annotations
 
 import os
-from contextlib import nullcontext
-from pathlib import Path
+from contextlib import ExitStack
 from typing import Any
 
 import ray
@@ -56,12 +55,25 @@ class RayExecutor(ray_executor_v2.RayExecutorV2):
             ray_executor_v2.RayWorkerProc = CpuRank
         # Never start a cluster of our own: its ports would be open to whoever reaches them.
         ray.init(address=os.environ["RAY_ADDRESS"], log_to_driver=False, namespace="inferflux")
+        self._handout = ExitStack()
         extra = self.vllm_config.kv_transfer_config.kv_connector_extra_config
-        arena_fd = extra["arena_fd"]
-        with handout.offered(arena_fd) if arena_fd is not None else nullcontext(Path()) as path:
-            extra["arena_socket"] = str(path)
-            super()._init_executor()
+        if extra["arena_fd"] is not None:
+            extra["arena_socket"] = str(self._handout.enter_context(handout.offered(extra["arena_fd"])))
+        super()._init_executor()
         take_name_away(self.rpc_broadcast_mq)
+
+    def initialize_from_config(self, *args: Any, **kwargs: Any) -> Any:
+        """Let the ranks make their caches and connectors; after that nobody is handed the arena any more."""
+        try:
+            return super().initialize_from_config(*args, **kwargs)
+        finally:
+            self._handout.close()
+
+    def shutdown(self) -> None:
+        """End the ranks. Idempotent."""
+        if hasattr(self, "_handout"):
+            self._handout.close()
+        super().shutdown()
 
     def _build_runtime_env(self) -> dict[str, Any]:
         """Set what must be there before an actor imports torch."""
