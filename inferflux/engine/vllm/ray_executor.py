@@ -13,6 +13,7 @@ from contextlib import ExitStack
 from typing import Any
 
 import ray
+from vllm.distributed import parallel_state
 from vllm.platforms import current_platform
 from vllm.v1.executor import ray_executor_v2
 
@@ -28,6 +29,8 @@ class Rank(ray_executor_v2.RayWorkerProc):
     def worker_busy_loop(self) -> None:
         """Work until the end."""
         take_name_away(self.worker_response_mq)
+        for group in parallel_state._groups.values():  # noqa: SLF001
+            take_name_away(getattr(group(), "mq_broadcaster", None))
         super().worker_busy_loop()
 
 
