@@ -23,7 +23,7 @@ TIMEOUT_S = 5.0
 def offered(fd: int) -> Iterator[Path]:
     """Offer a descriptor inside the block; gives the socket where `take` gets it."""
     with tempfile.TemporaryDirectory(prefix="ifx-ranks-") as directory, _listening(Path(directory) / "arena") as peers:
-        thread = threading.Thread(target=_serve, args=(peers, fd), name="arena-handout")
+        thread = threading.Thread(target=_serve, args=(peers, fd), name="arena-handout", daemon=True)
         thread.start()
         try:
             yield Path(directory) / "arena"

@@ -253,7 +253,11 @@ async def _prove(worker: Worker) -> None:
 async def watch(worker: Worker) -> None:
     """Fail readiness while the engine is wedged. Raises WorkerLost when it will not come back."""
     progress = worker.progress
-    worker.lifecycle.add_readiness("engine", lambda: progress.objection)
+
+    def is_alive() -> bool:
+        return worker.engine.load().is_alive
+
+    worker.lifecycle.add_readiness("engine", lambda: progress.objection if is_alive() else "the engine is dead")
     while True:
         load = worker.engine.load()
         if not load.is_alive:

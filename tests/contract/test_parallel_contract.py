@@ -6,6 +6,7 @@ Both engines have an arena, so each is prefill and decode in turn. All in float3
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import aclosing
 from dataclasses import replace
 from itertools import product
 
@@ -14,7 +15,7 @@ import pytest
 from inferflux.engine.base import KvSource
 from inferflux.engine.options import MIB, EngineOptions, Parallelism
 from inferflux.types import HttpCall, Role
-from tests.support.engine_calls import Engines, Response, ask, completion, settle, ticketed
+from tests.support.engine_calls import Engines, Response, ask, completion, context, settle, streamed, ticketed
 from tests.support.engine_host import HostedEngine, hosted
 from tests.support.tiny_models import LLAMA, tiny_model
 
@@ -111,3 +112,19 @@ async def test_a_flipped_bit_in_the_part_of_any_rank_is_never_used(
 
     assert (response.report.result, response.report.reason) == ("recomputed", "digest")
     assert response.token_ids() == await alone(engines, call)
+
+
+async def test_the_death_of_a_rank_is_the_loss_of_the_worker(engines: EnginesByRanks) -> None:
+    """And no part of the response, which goes on elsewhere. The last test here: the engine is gone."""
+    two, told = engines["two ranks"], []
+    call = streamed(question(75), max_tokens=500, ignore_eos=True)
+
+    async with aclosing(two.generate(context(), call)) as frames:
+        async for frame in frames:
+            told.append(frame)
+            if len(told) == 5:
+                two.ranks()[-1].kill()
+
+    assert told[-1].end.error.reason == "WORKER_LOST"
+    assert b"error" not in b"".join(frame.data for frame in told)
+    assert not (await two.load()).is_alive

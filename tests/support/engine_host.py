@@ -22,6 +22,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from inferflux.cli.pdeathsig import die_with_parent
 from inferflux.engine import create
 from inferflux.engine.base import ComputedPrompt, Engine, EngineInfo, EngineLoad, KvSource, Prefilled
@@ -182,6 +184,11 @@ class HostedEngine:
     def is_up(self) -> bool:
         assert self._process.poll() is None, self.log()[-4000:]
         return (self._directory / "host.sock").exists()
+
+    def ranks(self) -> list[psutil.Process]:
+        """The processes that its engine core has forked."""
+        host = psutil.Process(self._process.pid)
+        return [child for child in host.children(recursive=True) if child.ppid() != host.pid]
 
     def log(self) -> str:
         return (self._directory / "log").read_text(errors="replace")

@@ -171,6 +171,8 @@ class VllmEngine(Engine):
                 async for message in messages:
                     if phase.refusal is not None:
                         raise phase.refusal
+                    if self._llm.errored:
+                        break  # what the application says of it is no part of a response that goes on elsewhere
                     frame = _frame(message, reports.take())
                     if frame is not None and (told := withheld.remainder(frame)) is not None:
                         yield told

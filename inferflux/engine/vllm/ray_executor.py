@@ -9,11 +9,11 @@ new group. On CPUs, where Ray knows no accelerators, each rank holds one unit of
 from __future__ import annotations
 
 import os
-from contextlib import nullcontext
-from pathlib import Path
+from contextlib import ExitStack
 from typing import Any
 
 import ray
+from vllm.distributed import parallel_state
 from vllm.platforms import current_platform
 from vllm.v1.executor import ray_executor_v2
 
@@ -23,7 +23,18 @@ from inferflux.kv import handout
 RANK_RESOURCE = "inferflux_rank"
 
 
-class CpuRank(ray_executor_v2.RayWorkerProc):
+class Rank(ray_executor_v2.RayWorkerProc):
+    """One rank, an actor. Ray kills actors, so a rank must leave nothing that it would have to clean up."""
+
+    def worker_busy_loop(self) -> None:
+        """Work until the end."""
+        take_name_away(self.worker_response_mq)
+        for group in parallel_state._groups.values():  # noqa: SLF001
+            take_name_away(getattr(group(), "mq_broadcaster", None))
+        super().worker_busy_loop()
+
+
+class CpuRank(Rank):
     """One rank on a CPU: there is no device to find out about."""
 
     def get_node_and_physical_gpu_ids(self) -> tuple[str, list[int]]:
@@ -41,16 +52,31 @@ class RayExecutor(ray_executor_v2.RayExecutorV2):
     uses_ray = True
 
     def _init_executor(self) -> None:
+        ray_executor_v2.RayWorkerProc = Rank
         if current_platform.is_cpu():
             type(current_platform).ray_device_key = RANK_RESOURCE
             ray_executor_v2.RayWorkerProc = CpuRank
         # Never start a cluster of our own: its ports would be open to whoever reaches them.
         ray.init(address=os.environ["RAY_ADDRESS"], log_to_driver=False, namespace="inferflux")
+        self._handout = ExitStack()
         extra = self.vllm_config.kv_transfer_config.kv_connector_extra_config
-        arena_fd = extra["arena_fd"]
-        with handout.offered(arena_fd) if arena_fd is not None else nullcontext(Path()) as path:
-            extra["arena_socket"] = str(path)
-            super()._init_executor()
+        if extra["arena_fd"] is not None:
+            extra["arena_socket"] = str(self._handout.enter_context(handout.offered(extra["arena_fd"])))
+        super()._init_executor()
+        take_name_away(self.rpc_broadcast_mq)
+
+    def initialize_from_config(self, *args: Any, **kwargs: Any) -> Any:
+        """Let the ranks make their caches and connectors; after that nobody is handed the arena any more."""
+        try:
+            return super().initialize_from_config(*args, **kwargs)
+        finally:
+            self._handout.close()
+
+    def shutdown(self) -> None:
+        """End the ranks. Idempotent."""
+        if hasattr(self, "_handout"):
+            self._handout.close()
+        super().shutdown()
 
     def _build_runtime_env(self) -> dict[str, Any]:
         """Set what must be there before an actor imports torch."""
@@ -59,3 +85,11 @@ class RayExecutor(ray_executor_v2.RayExecutorV2):
             {name: os.environ[name] for name in INHERITED if name in os.environ}
         )
         return runtime_env
+
+
+def take_name_away(queue: Any) -> None:
+    """Remove a queue's memory from /dev/shm, where all who need it have mapped it: it goes with the last of them."""
+    buffer = getattr(queue, "buffer", None)
+    if buffer is not None and buffer.is_creator:
+        buffer.shared_memory.unlink()
+        buffer.is_creator = False
