@@ -60,7 +60,7 @@ async def serve(settings: Settings, sock: socket.socket, lifecycle: Lifecycle) -
         fleet, matrix = FleetApi(Fleet(pool.workers)), Matrix(identity, pool.registered)
         admin = AdminApi(policy_client, policy.reached, fleet, matrix)
         cache = CacheApi(inference.auth, pool, partial(cache_salt, tenant_key))
-        app = create_app(idempotency, admin, cache, pool.models, lifecycle)
+        app = create_app(idempotency, admin, cache, pool.listed, lifecycle)
         lifecycle.add_readiness("policy", lambda: None if policy.value is not None else "not heard yet")
         lifecycle.add_readiness("workers", pool.objection)
         tasks.spawn(policy.follow(policy_client.watch), "policy")

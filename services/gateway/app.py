@@ -27,9 +27,10 @@ from services.gateway.endpoints import ENDPOINTS, Dialect, Scope
 from services.gateway.idempotency import Idempotency
 from services.gateway.inference import Inference, new_request_id
 from services.gateway.resumption import STREAMS, Resumption
-from services.gateway.views import Model
+from services.gateway.views import Model, Worker
 
-Models = Callable[[], tuple[Model, ...]]
+Models = Callable[[], tuple[tuple[Model, tuple[Worker, ...]], ...]]
+"""All models, each with its workers that failed."""
 _BY_PROXY = ("forwarded", "x-forwarded-for", "via")
 
 
@@ -133,12 +134,12 @@ def _model_routes(models: Models) -> APIRouter:
     router = APIRouter()
 
     async def list_models() -> Response:
-        return respond({"object": "list", "data": [_model(model) for model in models()]})
+        return respond({"object": "list", "data": [_model(*listed) for listed in models()]})
 
     async def get_model(name: str) -> Response:
-        for model in models():
+        for model, failed in models():
             if model.name == name:
-                return respond(_model(model))
+                return respond(_model(model, failed))
         raise ModelNotFound(f"the model {name!r} does not exist", param="model")
 
     router.add_api_route("/v1/models", list_models, methods=["GET"])
@@ -146,7 +147,7 @@ def _model_routes(models: Models) -> APIRouter:
     return router
 
 
-def _model(model: Model) -> dict[str, Any]:
+def _model(model: Model, failed: tuple[Worker, ...]) -> dict[str, Any]:
     return {
         "id": model.name,
         "object": "model",
@@ -157,6 +158,9 @@ def _model(model: Model) -> dict[str, Any]:
         "digest": model.digest,
         "capabilities": list(model.capabilities),
         "is_default": model.is_default,
+        "version": model.version or None,
+        "signed_by": model.signed_by or None,
+        "failed_workers": [{"id": worker.worker_id, "reason": worker.reason} for worker in failed],
     }
 
 

@@ -168,6 +168,7 @@ def _to_worker(record: registry_pb.WorkerRecord) -> Worker:
         host_id=record.host_id,
         max_num_seqs=record.max_num_seqs,
         transports=frozenset(record.transports or ("shm",)),  # a worker of an earlier version says nothing of it
+        reason=record.reason,
     )
 
 
@@ -180,4 +181,6 @@ def _to_model(record: registry_pb.ModelRecord) -> Model:
         capabilities=tuple(record.capabilities),
         created_at=record.created_at.ToSeconds(),
         is_default=record.is_default,
+        version=record.version,
+        signed_by=record.signed_by,
     )

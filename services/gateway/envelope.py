@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import orjson
 
 from inferflux.errors import BodyTooLarge, InvalidRequest, RequestTimeout
+from services.gateway import capabilities
 from services.gateway.asgi import ClientGone, Headers, Receive
+from services.gateway.capabilities import Wants
 
 MAX_MODEL_NAME = 256
 # A body must keep arriving at this rate after the grace time; a phone on a bad link sends faster.
@@ -31,9 +33,10 @@ class BodyLimits:
 
 @dataclass(frozen=True, slots=True)
 class Envelope:
-    """What routing needs to know about a call. `model` None: the cluster's default."""
+    """What the gateway needs to know about a call. `model` None: the cluster's default."""
 
     model: str | None = None
+    wants: Wants = field(default_factory=Wants)
 
 
 async def read_body(receive: Receive, headers: Headers, limits: BodyLimits) -> bytes:
@@ -79,7 +82,7 @@ def parse(body: bytes, limits: BodyLimits) -> Envelope:
     model = document.get("model")
     if model is not None and not (isinstance(model, str) and 0 < len(model) <= MAX_MODEL_NAME):
         raise InvalidRequest(f"model must be a string of 1 to {MAX_MODEL_NAME} characters", param="model")
-    return Envelope(model)
+    return Envelope(model, capabilities.read(document))
 
 
 def parse_object(body: bytes, limits: BodyLimits) -> dict[str, Any]:

@@ -138,6 +138,15 @@ class Pool:
         """Known models. Raises Unavailable as long as the registry was never heard."""
         return self._known().models
 
+    def record(self, name: str) -> Model | None:
+        """What the registry says of a model; None when it says nothing. Raises as `models`."""
+        return next((model for model in self.models() if model.name == name), None)
+
+    def listed(self) -> tuple[tuple[Model, tuple[Worker, ...]], ...]:
+        """Known models, each with its registered workers that failed. Raises as `models`."""
+        failed = [worker for worker in self._known().workers if worker.state is State.FAILED]
+        return tuple((model, tuple(w for w in failed if w.model == model.name)) for model in self.models())
+
     def registered(self) -> tuple[Worker, ...]:
         """Registered workers. Raises Unavailable as long as the registry was never heard."""
         return self._known().workers

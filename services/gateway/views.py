@@ -9,7 +9,10 @@ from inferflux.types import ModelFingerprint, Role, State, Transport
 
 @dataclass(frozen=True, slots=True)
 class Worker:
-    """One registered worker. `host_id`: equal ids share memory. `transports`: how KV blocks reach or leave it."""
+    """One registered worker. `host_id`: equal ids share memory. `transports`: how KV blocks reach or leave it.
+
+    `reason`: why it is not ready.
+    """
 
     worker_id: str
     incarnation: str
@@ -21,6 +24,7 @@ class Worker:
     host_id: str
     max_num_seqs: int
     transports: frozenset[str] = frozenset({Transport.SHM})
+    reason: str = ""
 
     def can_read(self, owner: Worker) -> bool:
         """Whether the two have a transport in common; shm only within a host."""
@@ -30,7 +34,10 @@ class Worker:
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """One model as clients see it. `created_at`: seconds since the epoch."""
+    """One model as clients see it. `created_at`: seconds since the epoch. No `capabilities`: they are not known.
+
+    `version` 0 and no `signed_by`: its signature was not verified.
+    """
 
     name: str
     digest: str
@@ -39,6 +46,8 @@ class Model:
     capabilities: tuple[str, ...]
     created_at: int
     is_default: bool
+    version: int = 0
+    signed_by: str = ""
 
 
 @dataclass(frozen=True, slots=True)

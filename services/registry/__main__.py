@@ -44,7 +44,7 @@ async def serve(settings: Settings, lifecycle: Lifecycle) -> None:
     server = RpcServer(Identity.load(settings.pki_dir, "registry"), settings.bind, CALLERS)
     async with RegistryStore(settings.redis_url) as store, Tasks() as tasks:
         directory = Directory(store, SystemClock(), lifecycle.incarnation, settings.lease_s)
-        add_RegistryServiceServicer_to_server(RegistryServicer(directory), server.grpc)
+        add_RegistryServiceServicer_to_server(RegistryServicer(directory, store), server.grpc)
         await server.start()
         tasks.spawn(directory.run_leases(), "leases")
         tasks.spawn(directory.run_writer(), "mirror-writer")

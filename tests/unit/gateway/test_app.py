@@ -69,7 +69,7 @@ def app() -> Doorway:
     idempotency = Idempotency(inference, Records(ManualClock(), RecordLimits(1, 1)), tasks=None)
     admin = AdminApi(Policy(), never, FleetApi(Fleet(lambda: ())), Matrix(None, lambda: ()))
     cache = CacheApi(inference.auth, inference.pool, str)
-    return create_app(idempotency, admin, cache, lambda: (MODEL,), Lifecycle("gateway", "g"))
+    return create_app(idempotency, admin, cache, lambda: ((MODEL, ()),), Lifecycle("gateway", "g"))
 
 
 @pytest.fixture

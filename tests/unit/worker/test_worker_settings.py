@@ -8,6 +8,7 @@ import pytest
 from inferflux.config import load
 from inferflux.errors import ConfigError
 from inferflux.types import Role
+from inferflux.worker.model import LoadableModel
 from inferflux.worker.settings import WorkerSettings
 
 ENVIRON = {
@@ -32,9 +33,8 @@ def test_defaults_follow_from_the_home_and_the_engine() -> None:
 
 def test_the_engine_gets_its_share() -> None:
     core = min(os.sched_getaffinity(0))
-    options = settings(cpu_cores=f"{core}", dtype="float32", block_size="32", model_digest="d").engine_options(
-        Role.DECODE
-    )
+    own = settings(cpu_cores=f"{core}", dtype="float32", block_size="32")
+    options = own.engine_options(Role.DECODE, LoadableModel(digest="d"))
 
     assert (options.role, options.model, options.dtype, options.block_size) == (Role.DECODE, "m", "float32", 32)
     assert (options.cpu_cores, options.model_digest) == ((core,), "d")
