@@ -1,7 +1,7 @@
 """What the registry says against a model, asked before the model is loaded and remembered for when nobody answers.
 
 Asked by a child process: whoever has gRPC's threads must not fork, and an engine that is not started yet will.
-`python -m inferflux.worker.rules ADDRESS PKI_DIR ROLE MODEL` prints the rules as JSON.
+`python -m inferflux.worker.rules ADDRESS PKI_DIR ROLE MODEL SECONDS` prints the rules as JSON.
 """
 
 from __future__ import annotations
@@ -21,7 +21,10 @@ from inferflux.paths import private_dir
 from inferflux.types import Role
 from inferflux.worker.settings import WorkerSettings
 
-ANSWER_S, CHILD_S = 10.0, 20.0
+ANSWER_S, REMEMBERING_ANSWER_S = 15.0, 2.0
+"""How long the registry may take to answer, without and with an earlier answer at hand: it may be starting itself."""
+CHILD_S = 10.0
+"""What the child itself may take besides."""
 _log = logging.getLogger(__name__)
 
 
@@ -34,7 +37,7 @@ async def ask(settings: WorkerSettings, role: Role) -> Rules:
         return Rules()
     path = _memory(settings)
     known = _load(path)
-    told = await _ask_registry(settings, role)
+    told = await _ask_registry(settings, role, REMEMBERING_ANSWER_S if known else ANSWER_S)
     if told is None and known is None:
         raise Unavailable(f"the registry does not say which versions of model {settings.model} may be loaded")
     if told is None or (known is not None and known.revision > told.revision):
@@ -50,8 +53,8 @@ def _memory(settings: WorkerSettings) -> Path:
     return private_dir(settings.home / "model-rules") / f"{name}.json"
 
 
-async def _ask_registry(settings: WorkerSettings, role: Role) -> Rules | None:
-    arguments = (settings.registry_address, str(settings.pki_dir), role.value, settings.model)
+async def _ask_registry(settings: WorkerSettings, role: Role, answer_s: float) -> Rules | None:
+    arguments = (settings.registry_address, str(settings.pki_dir), role.value, settings.model, str(answer_s))
     child = await asyncio.create_subprocess_exec(
         sys.executable,
         "-m",
@@ -61,7 +64,7 @@ async def _ask_registry(settings: WorkerSettings, role: Role) -> Rules | None:
         stdout=asyncio.subprocess.PIPE,
     )
     try:
-        async with asyncio.timeout(CHILD_S):
+        async with asyncio.timeout(CHILD_S + answer_s):
             text, _ = await child.communicate()
         return _parse(text)
     except (TimeoutError, ValueError, KeyError, TypeError):
@@ -94,7 +97,7 @@ def _save(path: Path, rules: Rules) -> None:
     partial.replace(path)
 
 
-async def _fetch(address: str, pki_dir: str, role: str, model: str) -> Rules:
+async def _fetch(address: str, pki_dir: str, role: str, model: str, answer_s: str) -> Rules:
     from inferflux.rpc.client import open_channel, translated_errors  # noqa: PLC0415 - in the child only
     from inferflux.rpc.mtls import Identity  # noqa: PLC0415
     from inferflux.v1 import registry_service_pb2 as pb  # noqa: PLC0415
@@ -104,7 +107,7 @@ async def _fetch(address: str, pki_dir: str, role: str, model: str) -> Rules:
         stub: Any = RegistryServiceStub(channel)
         with translated_errors():
             request = pb.GetModelRulesRequest(model=model)
-            answer = await stub.GetModelRules(request, timeout=ANSWER_S, wait_for_ready=True)
+            answer = await stub.GetModelRules(request, timeout=float(answer_s), wait_for_ready=True)
     return Rules(answer.floor, frozenset(answer.revoked_key_ids), answer.revision)
 
 

@@ -169,7 +169,7 @@ async def test_versions_and_keys_end(plant):
     worker = plant.worker("decode-4", plant.folder(1))
     await until(worker.is_ready, 40)
     worker.terminate()
-    plant.registry.start()
+    await until(plant.registry.start().is_ready)
 
     plant.run("revoke", history["versions"][0]["key_id"])
     assert "was revoked" in await plant.refused("decode-4", plant.folder(2))
