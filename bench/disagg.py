@@ -7,7 +7,8 @@ started here:
     c4   four clients, short chats
     mix  three clients with short chats and one that sends 1,024-token prompts, for a fixed time
 
-A cluster and its peer never run a load at the same time; the idle one costs no CPU.
+A cluster and its peer never run a load at the same time. vLLM's server busy-waits for a second after its last step:
+each turn waits until that is over, then the idle one costs no CPU.
 
     python -m bench.disagg --model-dir DIR [--dtype float32] [--seconds 60] [--peer-threads 0]
 """
@@ -19,6 +20,7 @@ import asyncio
 import itertools
 import json
 import os
+import random
 import sys
 import time
 from collections.abc import Iterator
@@ -35,6 +37,8 @@ QUESTIONS = (
 )
 LONG_PROMPT_TOKENS = 1024
 ROUNDS = 4
+CALM_S = 2.0
+"""Longer than vLLM's processes spin after their last step (vllm 0.32, shm_broadcast.SpinCondition: 1 s)."""
 COLUMNS = (
     "requests",
     "failed",
@@ -60,8 +64,8 @@ def chats(num: int | None, num_tokens: int) -> Iterator[dict[str, object]]:
 
 
 def long_prompts(num_tokens: int) -> Iterator[dict[str, object]]:
-    """Prompts of 1,024 tokens without a common prefix, so that no cache helps anybody."""
-    for i in itertools.count():
+    """Prompts of 1,024 tokens that begin like no other, of an earlier run neither: no cache helps anybody."""
+    for i in itertools.count(random.SystemRandom().randrange(1 << 30)):
         ids = [1000 + (7919 * (i + 1) + 31 * k) % 40000 for k in range(LONG_PROMPT_TOKENS)]
         yield {"prompt": ids, "max_tokens": num_tokens, "temperature": 0, "ignore_eos": True}
 
@@ -73,13 +77,16 @@ async def measure(servers: dict[str, Server], seconds: float) -> dict[str, Resul
         await closed_loop(server, "warm", chats(2, 8), lambda: False)
     for _ in range(ROUNDS):
         for name, server in servers.items():
-            samples[name]["c1"] += await closed_loop(server, "c1", chats(3, 24), lambda: False)
+            await asyncio.sleep(CALM_S)
+            samples[name]["c1"] += await closed_loop(server, "c1", chats(6, 24), lambda: False)
     for _ in range(ROUNDS):
         for name, server in servers.items():
+            await asyncio.sleep(CALM_S)
             clients = (closed_loop(server, "c4", chats(2, 24), lambda: False) for _ in range(4))
             samples[name]["c4"] += await gather(*clients)
     results = {name: {load: summary(of_load) for load, of_load in loads.items()} for name, loads in samples.items()}
     for name, server in servers.items():
+        await asyncio.sleep(CALM_S)
         results[name] |= mix(await run_mix(server, seconds))
     return results
 

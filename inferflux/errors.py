@@ -6,6 +6,7 @@
     |   +-- HeadersTooLarge       431
     |   +-- IdempotencyKeyReused  422
     |   +-- CapabilityNotSupported 422
+    |   +-- PolicyInvalid         400
     |   +-- RequestTimeout        408
     |       +-- SlowConsumer      408
     +-- Unauthenticated           401 UNAUTHENTICATED
@@ -19,6 +20,7 @@
     |   +-- KvTransportDegraded   503                      retryable
     +-- DeadlineExceeded          504 DEADLINE_EXCEEDED
     +-- Conflict                  409 ABORTED
+    +-- PolicyPersistFailed       500 UNAVAILABLE          retryable
     +-- KvError                   500 FAILED_PRECONDITION  (never reaches a client: the prompt is computed again)
     |   +-- TicketInvalid, TicketForeign, TicketExpired, TicketConflict, KvStale, KvDigestMismatch, KvIncompatible,
     |       KvUnreachable, ArenaFull
@@ -76,6 +78,12 @@ class CapabilityNotSupported(InvalidRequest):
     reason, http_status = "CAPABILITY_NOT_SUPPORTED", 422
 
 
+class PolicyInvalid(InvalidRequest):
+    """All problems of a policy document at once, one per line in `message`, each with its JSON path."""
+
+    reason = "POLICY_INVALID"
+
+
 class RequestTimeout(InvalidRequest):
     reason, http_status, grpc_code = "REQUEST_TIMEOUT", 408, grpc.StatusCode.CANCELLED
 
@@ -128,6 +136,12 @@ class DeadlineExceeded(InferfluxError):
 
 class Conflict(InferfluxError):
     reason, http_status, grpc_code = "CONFLICT", 409, grpc.StatusCode.ABORTED
+
+
+class PolicyPersistFailed(InferfluxError):
+    """The store did not take a change of the policy; nothing has changed."""
+
+    reason, grpc_code, is_retryable = "POLICY_PERSIST_FAILED", grpc.StatusCode.UNAVAILABLE, True
 
 
 class KvError(InferfluxError):

@@ -21,9 +21,10 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from inferflux.paths import private_dir
+from inferflux.policy.signature import KEY_FILE, PUBLIC_FILE, public_key
 from inferflux.rpc.mtls import ROLES, dns_name, spiffe_id
 
-SECRETS = ("ticket.key", "pepper.key", "tenant.key")
+SECRETS = ("ticket.key", "pepper.key", "tenant.key", KEY_FILE)
 SECRET_BYTES = 32
 CA_LIFE = timedelta(days=3650)
 ROLE_LIFE = timedelta(days=365)
@@ -42,11 +43,13 @@ def ensure_pki(directory: Path, roles: Sequence[str] = ROLES, life: timedelta = 
 
 
 def ensure_secrets(directory: Path) -> None:
-    """Create the missing ones of `ticket.key`, `pepper.key` and `tenant.key`: 32 random bytes each."""
+    """Create what is missing of SECRETS (32 random bytes each), and the public half of `snapshot.key`."""
     with _locked(directory):
         for name in SECRETS:
             if not (directory / name).exists():
                 _write(directory / name, secrets.token_bytes(SECRET_BYTES))
+        if not (directory / PUBLIC_FILE).exists():
+            _write(directory / PUBLIC_FILE, public_key((directory / KEY_FILE).read_bytes()))
 
 
 def _is_stale(directory: Path, role: str) -> bool:

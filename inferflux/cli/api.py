@@ -41,6 +41,9 @@ class Api:
     def post(self, path: str, body: Mapping[str, Any]) -> Any:
         return self._json("POST", path, body)
 
+    def put(self, path: str, body: Mapping[str, Any]) -> Any:
+        return self._json("PUT", path, body)
+
     def delete(self, path: str) -> Any:
         return self._json("DELETE", path)
 

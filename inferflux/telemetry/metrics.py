@@ -255,6 +255,12 @@ STORE_UP = Gauge(
     ("store",),
     registry=REGISTRY,
 )
+POLICY_REFUSED = Counter(
+    "inferflux_policy_refused",
+    "Policies that a gateway did not use and kept the last good one, by why: signature, document.",
+    ("reason",),
+    registry=REGISTRY,
+)
 
 # --- models -----------------------------------------------------------------------------------------------------------
 

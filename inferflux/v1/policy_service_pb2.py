@@ -25,35 +25,55 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!inferflux/v1/policy_service.proto\x12\x0cinferflux.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xe5\x01\n\tKeyRecord\x12\x0e\n\x06key_id\x18\x01 \x01(\t\x12\x13\n\x0bsecret_hash\x18\x02 \x01(\x0c\x12\x0c\n\x04name\x18\x03 \x01(\t\x12\x0e\n\x06tenant\x18\x04 \x01(\t\x12#\n\x06scopes\x18\x05 \x03(\x0e\x32\x13.inferflux.v1.Scope\x12.\n\ncreated_at\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nexpires_at\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x10\n\x08priority\x18\x08 \x01(\x05\"I\n\x0ePolicySnapshot\x12\x10\n\x08revision\x18\x01 \x01(\x04\x12%\n\x04keys\x18\x02 \x03(\x0b\x32\x17.inferflux.v1.KeyRecord\"<\n\x14WatchSnapshotRequest\x12\x12\n\ngateway_id\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\x04\"G\n\x15WatchSnapshotResponse\x12.\n\x08snapshot\x18\x01 \x01(\x0b\x32\x1c.inferflux.v1.PolicySnapshot\"\xa7\x01\n\x10\x43reateKeyRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06tenant\x18\x02 \x01(\t\x12#\n\x06scopes\x18\x03 \x03(\x0e\x32\x13.inferflux.v1.Scope\x12.\n\nexpires_at\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x10\n\x08priority\x18\x05 \x01(\x05\x12\x0e\n\x06secret\x18\x06 \x01(\t\"[\n\x11\x43reateKeyResponse\x12$\n\x03key\x18\x01 \x01(\x0b\x32\x17.inferflux.v1.KeyRecord\x12\x0e\n\x06secret\x18\x02 \x01(\t\x12\x10\n\x08revision\x18\x03 \x01(\x04\"\x11\n\x0fListKeysRequest\"K\n\x10ListKeysResponse\x12%\n\x04keys\x18\x01 \x03(\x0b\x32\x17.inferflux.v1.KeyRecord\x12\x10\n\x08revision\x18\x02 \x01(\x04\"\"\n\x10RevokeKeyRequest\x12\x0e\n\x06key_id\x18\x01 \x01(\t\"%\n\x11RevokeKeyResponse\x12\x10\n\x08revision\x18\x01 \x01(\x04*S\n\x05Scope\x12\x15\n\x11SCOPE_UNSPECIFIED\x10\x00\x12\x12\n\x0eSCOPE_GENERATE\x10\x01\x12\x0e\n\nSCOPE_READ\x10\x02\x12\x0f\n\x0bSCOPE_ADMIN\x10\x03\x32\xd2\x02\n\rPolicyService\x12Z\n\rWatchSnapshot\x12\".inferflux.v1.WatchSnapshotRequest\x1a#.inferflux.v1.WatchSnapshotResponse0\x01\x12L\n\tCreateKey\x12\x1e.inferflux.v1.CreateKeyRequest\x1a\x1f.inferflux.v1.CreateKeyResponse\x12I\n\x08ListKeys\x12\x1d.inferflux.v1.ListKeysRequest\x1a\x1e.inferflux.v1.ListKeysResponse\x12L\n\tRevokeKey\x12\x1e.inferflux.v1.RevokeKeyRequest\x1a\x1f.inferflux.v1.RevokeKeyResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!inferflux/v1/policy_service.proto\x12\x0cinferflux.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xe5\x01\n\tKeyRecord\x12\x0e\n\x06key_id\x18\x01 \x01(\t\x12\x13\n\x0bsecret_hash\x18\x02 \x01(\x0c\x12\x0c\n\x04name\x18\x03 \x01(\t\x12\x0e\n\x06tenant\x18\x04 \x01(\t\x12#\n\x06scopes\x18\x05 \x03(\x0e\x32\x13.inferflux.v1.Scope\x12.\n\ncreated_at\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nexpires_at\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x10\n\x08priority\x18\x08 \x01(\x05\"\xd7\x01\n\x0ePolicyRevision\x12\x10\n\x08revision\x18\x01 \x01(\x04\x12\x10\n\x08\x64ocument\x18\x02 \x01(\x0c\x12\x0e\n\x06\x61uthor\x18\x03 \x01(\t\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12.\n\ncreated_at\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12(\n\x05stage\x18\x06 \x01(\x0e\x32\x19.inferflux.v1.PolicyStage\x12\r\n\x05share\x18\x07 \x01(\x01\x12\x18\n\x10max_error_excess\x18\x08 \x01(\x01\"\xa8\x01\n\x0ePolicySnapshot\x12\x10\n\x08revision\x18\x01 \x01(\x04\x12%\n\x04keys\x18\x02 \x03(\x0b\x32\x17.inferflux.v1.KeyRecord\x12,\n\x06policy\x18\x03 \x01(\x0b\x32\x1c.inferflux.v1.PolicyRevision\x12/\n\tcandidate\x18\x04 \x01(\x0b\x32\x1c.inferflux.v1.PolicyRevision\"<\n\x14WatchSnapshotRequest\x12\x12\n\ngateway_id\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\x04\"<\n\x15WatchSnapshotResponse\x12\x10\n\x08snapshot\x18\x01 \x01(\x0c\x12\x11\n\tsignature\x18\x02 \x01(\x0c\"\xa7\x01\n\x10\x43reateKeyRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06tenant\x18\x02 \x01(\t\x12#\n\x06scopes\x18\x03 \x03(\x0e\x32\x13.inferflux.v1.Scope\x12.\n\nexpires_at\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x10\n\x08priority\x18\x05 \x01(\x05\x12\x0e\n\x06secret\x18\x06 \x01(\t\"[\n\x11\x43reateKeyResponse\x12$\n\x03key\x18\x01 \x01(\x0b\x32\x17.inferflux.v1.KeyRecord\x12\x0e\n\x06secret\x18\x02 \x01(\t\x12\x10\n\x08revision\x18\x03 \x01(\x04\"\x11\n\x0fListKeysRequest\"K\n\x10ListKeysResponse\x12%\n\x04keys\x18\x01 \x03(\x0b\x32\x17.inferflux.v1.KeyRecord\x12\x10\n\x08revision\x18\x02 \x01(\x04\"\"\n\x10RevokeKeyRequest\x12\x0e\n\x06key_id\x18\x01 \x01(\t\"%\n\x11RevokeKeyResponse\x12\x10\n\x08revision\x18\x01 \x01(\x04\"$\n\x10GetPolicyRequest\x12\x10\n\x08revision\x18\x01 \x01(\x04\"\x94\x01\n\x11GetPolicyResponse\x12,\n\x06policy\x18\x01 \x01(\x0b\x32\x1c.inferflux.v1.PolicyRevision\x12/\n\tcandidate\x18\x02 \x01(\x0b\x32\x1c.inferflux.v1.PolicyRevision\x12\x10\n\x08revision\x18\x03 \x01(\x04\x12\x0e\n\x06newest\x18\x04 \x01(\x04\"\xcf\x01\n\x12\x41pplyPolicyRequest\x12\x10\n\x08\x64ocument\x18\x01 \x01(\x0c\x12\x0e\n\x06\x61uthor\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x1e\n\x11\x65xpected_revision\x18\x04 \x01(\x04H\x00\x88\x01\x01\x12(\n\x05stage\x18\x05 \x01(\x0e\x32\x19.inferflux.v1.PolicyStage\x12\r\n\x05share\x18\x06 \x01(\x01\x12\x18\n\x10max_error_excess\x18\x07 \x01(\x01\x42\x14\n\x12_expected_revision\"C\n\x13\x41pplyPolicyResponse\x12,\n\x06policy\x18\x01 \x01(\x0b\x32\x1c.inferflux.v1.PolicyRevision\"%\n\x14ListRevisionsRequest\x12\r\n\x05limit\x18\x01 \x01(\r\"H\n\x15ListRevisionsResponse\x12/\n\trevisions\x18\x01 \x03(\x0b\x32\x1c.inferflux.v1.PolicyRevision\"\x7f\n\x15RollbackPolicyRequest\x12\x10\n\x08revision\x18\x01 \x01(\x04\x12\x0e\n\x06\x61uthor\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x1e\n\x11\x65xpected_revision\x18\x04 \x01(\x04H\x00\x88\x01\x01\x42\x14\n\x12_expected_revision\"F\n\x16RollbackPolicyResponse\x12,\n\x06policy\x18\x01 \x01(\x0b\x32\x1c.inferflux.v1.PolicyRevision*S\n\x05Scope\x12\x15\n\x11SCOPE_UNSPECIFIED\x10\x00\x12\x12\n\x0eSCOPE_GENERATE\x10\x01\x12\x0e\n\nSCOPE_READ\x10\x02\x12\x0f\n\x0bSCOPE_ADMIN\x10\x03*t\n\x0bPolicyStage\x12\x1c\n\x18POLICY_STAGE_UNSPECIFIED\x10\x00\x12\x15\n\x11POLICY_STAGE_LIVE\x10\x01\x12\x17\n\x13POLICY_STAGE_CANARY\x10\x02\x12\x17\n\x13POLICY_STAGE_SHADOW\x10\x03\x32\xab\x05\n\rPolicyService\x12Z\n\rWatchSnapshot\x12\".inferflux.v1.WatchSnapshotRequest\x1a#.inferflux.v1.WatchSnapshotResponse0\x01\x12L\n\tCreateKey\x12\x1e.inferflux.v1.CreateKeyRequest\x1a\x1f.inferflux.v1.CreateKeyResponse\x12I\n\x08ListKeys\x12\x1d.inferflux.v1.ListKeysRequest\x1a\x1e.inferflux.v1.ListKeysResponse\x12L\n\tRevokeKey\x12\x1e.inferflux.v1.RevokeKeyRequest\x1a\x1f.inferflux.v1.RevokeKeyResponse\x12L\n\tGetPolicy\x12\x1e.inferflux.v1.GetPolicyRequest\x1a\x1f.inferflux.v1.GetPolicyResponse\x12R\n\x0b\x41pplyPolicy\x12 .inferflux.v1.ApplyPolicyRequest\x1a!.inferflux.v1.ApplyPolicyResponse\x12X\n\rListRevisions\x12\".inferflux.v1.ListRevisionsRequest\x1a#.inferflux.v1.ListRevisionsResponse\x12[\n\x0eRollbackPolicy\x12#.inferflux.v1.RollbackPolicyRequest\x1a$.inferflux.v1.RollbackPolicyResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'inferflux.v1.policy_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_SCOPE']._serialized_start=960
-  _globals['_SCOPE']._serialized_end=1043
+  _globals['_SCOPE']._serialized_start=2045
+  _globals['_SCOPE']._serialized_end=2128
+  _globals['_POLICYSTAGE']._serialized_start=2130
+  _globals['_POLICYSTAGE']._serialized_end=2246
   _globals['_KEYRECORD']._serialized_start=85
   _globals['_KEYRECORD']._serialized_end=314
-  _globals['_POLICYSNAPSHOT']._serialized_start=316
-  _globals['_POLICYSNAPSHOT']._serialized_end=389
-  _globals['_WATCHSNAPSHOTREQUEST']._serialized_start=391
-  _globals['_WATCHSNAPSHOTREQUEST']._serialized_end=451
-  _globals['_WATCHSNAPSHOTRESPONSE']._serialized_start=453
-  _globals['_WATCHSNAPSHOTRESPONSE']._serialized_end=524
-  _globals['_CREATEKEYREQUEST']._serialized_start=527
-  _globals['_CREATEKEYREQUEST']._serialized_end=694
-  _globals['_CREATEKEYRESPONSE']._serialized_start=696
-  _globals['_CREATEKEYRESPONSE']._serialized_end=787
-  _globals['_LISTKEYSREQUEST']._serialized_start=789
-  _globals['_LISTKEYSREQUEST']._serialized_end=806
-  _globals['_LISTKEYSRESPONSE']._serialized_start=808
-  _globals['_LISTKEYSRESPONSE']._serialized_end=883
-  _globals['_REVOKEKEYREQUEST']._serialized_start=885
-  _globals['_REVOKEKEYREQUEST']._serialized_end=919
-  _globals['_REVOKEKEYRESPONSE']._serialized_start=921
-  _globals['_REVOKEKEYRESPONSE']._serialized_end=958
-  _globals['_POLICYSERVICE']._serialized_start=1046
-  _globals['_POLICYSERVICE']._serialized_end=1384
+  _globals['_POLICYREVISION']._serialized_start=317
+  _globals['_POLICYREVISION']._serialized_end=532
+  _globals['_POLICYSNAPSHOT']._serialized_start=535
+  _globals['_POLICYSNAPSHOT']._serialized_end=703
+  _globals['_WATCHSNAPSHOTREQUEST']._serialized_start=705
+  _globals['_WATCHSNAPSHOTREQUEST']._serialized_end=765
+  _globals['_WATCHSNAPSHOTRESPONSE']._serialized_start=767
+  _globals['_WATCHSNAPSHOTRESPONSE']._serialized_end=827
+  _globals['_CREATEKEYREQUEST']._serialized_start=830
+  _globals['_CREATEKEYREQUEST']._serialized_end=997
+  _globals['_CREATEKEYRESPONSE']._serialized_start=999
+  _globals['_CREATEKEYRESPONSE']._serialized_end=1090
+  _globals['_LISTKEYSREQUEST']._serialized_start=1092
+  _globals['_LISTKEYSREQUEST']._serialized_end=1109
+  _globals['_LISTKEYSRESPONSE']._serialized_start=1111
+  _globals['_LISTKEYSRESPONSE']._serialized_end=1186
+  _globals['_REVOKEKEYREQUEST']._serialized_start=1188
+  _globals['_REVOKEKEYREQUEST']._serialized_end=1222
+  _globals['_REVOKEKEYRESPONSE']._serialized_start=1224
+  _globals['_REVOKEKEYRESPONSE']._serialized_end=1261
+  _globals['_GETPOLICYREQUEST']._serialized_start=1263
+  _globals['_GETPOLICYREQUEST']._serialized_end=1299
+  _globals['_GETPOLICYRESPONSE']._serialized_start=1302
+  _globals['_GETPOLICYRESPONSE']._serialized_end=1450
+  _globals['_APPLYPOLICYREQUEST']._serialized_start=1453
+  _globals['_APPLYPOLICYREQUEST']._serialized_end=1660
+  _globals['_APPLYPOLICYRESPONSE']._serialized_start=1662
+  _globals['_APPLYPOLICYRESPONSE']._serialized_end=1729
+  _globals['_LISTREVISIONSREQUEST']._serialized_start=1731
+  _globals['_LISTREVISIONSREQUEST']._serialized_end=1768
+  _globals['_LISTREVISIONSRESPONSE']._serialized_start=1770
+  _globals['_LISTREVISIONSRESPONSE']._serialized_end=1842
+  _globals['_ROLLBACKPOLICYREQUEST']._serialized_start=1844
+  _globals['_ROLLBACKPOLICYREQUEST']._serialized_end=1971
+  _globals['_ROLLBACKPOLICYRESPONSE']._serialized_start=1973
+  _globals['_ROLLBACKPOLICYRESPONSE']._serialized_end=2043
+  _globals['_POLICYSERVICE']._serialized_start=2249
+  _globals['_POLICYSERVICE']._serialized_end=2932
 # @@protoc_insertion_point(module_scope)

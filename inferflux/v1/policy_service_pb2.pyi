@@ -48,6 +48,34 @@ SCOPE_ADMIN: Scope.ValueType  # 3
 """Everything, administration included."""
 Global___Scope: _TypeAlias = Scope  # noqa: Y015
 
+class _PolicyStage:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _PolicyStageEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_PolicyStage.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    POLICY_STAGE_UNSPECIFIED: _PolicyStage.ValueType  # 0
+    """Never sent; receivers refuse it."""
+    POLICY_STAGE_LIVE: _PolicyStage.ValueType  # 1
+    """Decides."""
+    POLICY_STAGE_CANARY: _PolicyStage.ValueType  # 2
+    """Decides for a share of the traffic, in place of the live one."""
+    POLICY_STAGE_SHADOW: _PolicyStage.ValueType  # 3
+    """Decides nothing; gateways report what it would have decided."""
+
+class PolicyStage(_PolicyStage, metaclass=_PolicyStageEnumTypeWrapper):
+    """How far a revision of the document has got."""
+
+POLICY_STAGE_UNSPECIFIED: PolicyStage.ValueType  # 0
+"""Never sent; receivers refuse it."""
+POLICY_STAGE_LIVE: PolicyStage.ValueType  # 1
+"""Decides."""
+POLICY_STAGE_CANARY: PolicyStage.ValueType  # 2
+"""Decides for a share of the traffic, in place of the live one."""
+POLICY_STAGE_SHADOW: PolicyStage.ValueType  # 3
+"""Decides nothing; gateways report what it would have decided."""
+Global___PolicyStage: _TypeAlias = PolicyStage  # noqa: Y015
+
 @_typing.final
 class KeyRecord(_message.Message):
     """One API key as stored: never the secret itself."""
@@ -105,6 +133,58 @@ class KeyRecord(_message.Message):
 Global___KeyRecord: _TypeAlias = KeyRecord  # noqa: Y015
 
 @_typing.final
+class PolicyRevision(_message.Message):
+    """One revision of the policy document."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REVISION_FIELD_NUMBER: _builtins.int
+    DOCUMENT_FIELD_NUMBER: _builtins.int
+    AUTHOR_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    CREATED_AT_FIELD_NUMBER: _builtins.int
+    STAGE_FIELD_NUMBER: _builtins.int
+    SHARE_FIELD_NUMBER: _builtins.int
+    MAX_ERROR_EXCESS_FIELD_NUMBER: _builtins.int
+    revision: _builtins.int
+    """Revision of the first snapshot that has it; 0: there was none yet, and the document is empty."""
+    document: _builtins.bytes
+    """Canonical JSON."""
+    author: _builtins.str
+    """Who made it: the id of an API key, "operator" or "config"."""
+    reason: _builtins.str
+    """Why, in the author's words."""
+    stage: Global___PolicyStage.ValueType
+    """How far it has got."""
+    share: _builtins.float
+    """Of the traffic, above 0 and below 1; for canaries."""
+    max_error_excess: _builtins.float
+    """How much more of a canary's requests may fail than of the others, above 0 and at most 1; beyond that it is reverted."""
+    @_builtins.property
+    def created_at(self) -> _timestamp_pb2.Timestamp:
+        """Set by the policy service."""
+
+    def __init__(
+        self,
+        *,
+        revision: _builtins.int = ...,
+        document: _builtins.bytes = ...,
+        author: _builtins.str = ...,
+        reason: _builtins.str = ...,
+        created_at: _timestamp_pb2.Timestamp | None = ...,
+        stage: Global___PolicyStage.ValueType = ...,
+        share: _builtins.float = ...,
+        max_error_excess: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["created_at", b"created_at"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["author", b"author", "created_at", b"created_at", "document", b"document", "max_error_excess", b"max_error_excess", "reason", b"reason", "revision", b"revision", "share", b"share", "stage", b"stage"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PolicyRevision: _TypeAlias = PolicyRevision  # noqa: Y015
+
+@_typing.final
 class PolicySnapshot(_message.Message):
     """Everything a gateway needs to decide alone."""
 
@@ -112,21 +192,33 @@ class PolicySnapshot(_message.Message):
 
     REVISION_FIELD_NUMBER: _builtins.int
     KEYS_FIELD_NUMBER: _builtins.int
+    POLICY_FIELD_NUMBER: _builtins.int
+    CANDIDATE_FIELD_NUMBER: _builtins.int
     revision: _builtins.int
     """Grows with every write and never goes back; gateways refuse an older one."""
     @_builtins.property
     def keys(self) -> _containers.RepeatedCompositeFieldContainer[Global___KeyRecord]:
         """All live keys."""
 
+    @_builtins.property
+    def policy(self) -> Global___PolicyRevision:
+        """The document that decides; unset: the empty one."""
+
+    @_builtins.property
+    def candidate(self) -> Global___PolicyRevision:
+        """The document that is being tried, in shadow or as a canary; unset: none."""
+
     def __init__(
         self,
         *,
         revision: _builtins.int = ...,
         keys: _abc.Iterable[Global___KeyRecord] | None = ...,
+        policy: Global___PolicyRevision | None = ...,
+        candidate: Global___PolicyRevision | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["candidate", b"candidate", "policy", b"policy"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["keys", b"keys", "revision", b"revision"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["candidate", b"candidate", "keys", b"keys", "policy", b"policy", "revision", b"revision"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -165,18 +257,20 @@ class WatchSnapshotResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     SNAPSHOT_FIELD_NUMBER: _builtins.int
-    @_builtins.property
-    def snapshot(self) -> Global___PolicySnapshot:
-        """The whole snapshot."""
-
+    SIGNATURE_FIELD_NUMBER: _builtins.int
+    snapshot: _builtins.bytes
+    """The whole snapshot, a serialized PolicySnapshot: what is signed are its very bytes."""
+    signature: _builtins.bytes
+    """Ed25519, by the policy service's key."""
     def __init__(
         self,
         *,
-        snapshot: Global___PolicySnapshot | None = ...,
+        snapshot: _builtins.bytes = ...,
+        signature: _builtins.bytes = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["snapshot", b"snapshot"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["snapshot", b"snapshot"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["signature", b"signature", "snapshot", b"snapshot"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -348,3 +442,241 @@ class RevokeKeyResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___RevokeKeyResponse: _TypeAlias = RevokeKeyResponse  # noqa: Y015
+
+@_typing.final
+class GetPolicyRequest(_message.Message):
+    """Ask for the policy."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REVISION_FIELD_NUMBER: _builtins.int
+    revision: _builtins.int
+    """A revision of the document; 0: what is in force."""
+    def __init__(
+        self,
+        *,
+        revision: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["revision", b"revision"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetPolicyRequest: _TypeAlias = GetPolicyRequest  # noqa: Y015
+
+@_typing.final
+class GetPolicyResponse(_message.Message):
+    """The policy."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    POLICY_FIELD_NUMBER: _builtins.int
+    CANDIDATE_FIELD_NUMBER: _builtins.int
+    REVISION_FIELD_NUMBER: _builtins.int
+    NEWEST_FIELD_NUMBER: _builtins.int
+    revision: _builtins.int
+    """Revision of the newest snapshot."""
+    newest: _builtins.int
+    """Newest revision of the document, whatever its stage; what `expected_revision` is compared with."""
+    @_builtins.property
+    def policy(self) -> Global___PolicyRevision:
+        """The revision asked for, or the live one."""
+
+    @_builtins.property
+    def candidate(self) -> Global___PolicyRevision:
+        """What is being tried; unset: nothing, or a certain revision was asked for."""
+
+    def __init__(
+        self,
+        *,
+        policy: Global___PolicyRevision | None = ...,
+        candidate: Global___PolicyRevision | None = ...,
+        revision: _builtins.int = ...,
+        newest: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["candidate", b"candidate", "policy", b"policy"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["candidate", b"candidate", "newest", b"newest", "policy", b"policy", "revision", b"revision"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetPolicyResponse: _TypeAlias = GetPolicyResponse  # noqa: Y015
+
+@_typing.final
+class ApplyPolicyRequest(_message.Message):
+    """Change the policy."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DOCUMENT_FIELD_NUMBER: _builtins.int
+    AUTHOR_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    EXPECTED_REVISION_FIELD_NUMBER: _builtins.int
+    STAGE_FIELD_NUMBER: _builtins.int
+    SHARE_FIELD_NUMBER: _builtins.int
+    MAX_ERROR_EXCESS_FIELD_NUMBER: _builtins.int
+    document: _builtins.bytes
+    """The whole new document, JSON. Empty: that of the candidate."""
+    author: _builtins.str
+    """Who asks; set by the gateway or the operator's tool."""
+    reason: _builtins.str
+    """Why; at most 512 characters."""
+    expected_revision: _builtins.int
+    """Newest revision of the document that the author has seen. Unset: whatever it is."""
+    stage: Global___PolicyStage.ValueType
+    """How far it shall go."""
+    share: _builtins.float
+    """For canaries, see PolicyRevision."""
+    max_error_excess: _builtins.float
+    """For canaries, see PolicyRevision; 0: 0.05."""
+    def __init__(
+        self,
+        *,
+        document: _builtins.bytes = ...,
+        author: _builtins.str = ...,
+        reason: _builtins.str = ...,
+        expected_revision: _builtins.int | None = ...,
+        stage: Global___PolicyStage.ValueType = ...,
+        share: _builtins.float = ...,
+        max_error_excess: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_expected_revision", b"_expected_revision", "expected_revision", b"expected_revision"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_expected_revision", b"_expected_revision", "author", b"author", "document", b"document", "expected_revision", b"expected_revision", "max_error_excess", b"max_error_excess", "reason", b"reason", "share", b"share", "stage", b"stage"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__expected_revision: _TypeAlias = _typing.Literal["expected_revision"]  # noqa: Y015
+    _WhichOneofArgType__expected_revision: _TypeAlias = _typing.Literal["_expected_revision", b"_expected_revision"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__expected_revision) -> _WhichOneofReturnType__expected_revision | None: ...
+
+Global___ApplyPolicyRequest: _TypeAlias = ApplyPolicyRequest  # noqa: Y015
+
+@_typing.final
+class ApplyPolicyResponse(_message.Message):
+    """Answer to ApplyPolicy."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    POLICY_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def policy(self) -> Global___PolicyRevision:
+        """The new revision."""
+
+    def __init__(
+        self,
+        *,
+        policy: Global___PolicyRevision | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["policy", b"policy"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["policy", b"policy"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ApplyPolicyResponse: _TypeAlias = ApplyPolicyResponse  # noqa: Y015
+
+@_typing.final
+class ListRevisionsRequest(_message.Message):
+    """Ask for revisions."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LIMIT_FIELD_NUMBER: _builtins.int
+    limit: _builtins.int
+    """At most so many; 0: all that are kept."""
+    def __init__(
+        self,
+        *,
+        limit: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["limit", b"limit"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListRevisionsRequest: _TypeAlias = ListRevisionsRequest  # noqa: Y015
+
+@_typing.final
+class ListRevisionsResponse(_message.Message):
+    """Revisions."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REVISIONS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def revisions(self) -> _containers.RepeatedCompositeFieldContainer[Global___PolicyRevision]:
+        """Newest first."""
+
+    def __init__(
+        self,
+        *,
+        revisions: _abc.Iterable[Global___PolicyRevision] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["revisions", b"revisions"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListRevisionsResponse: _TypeAlias = ListRevisionsResponse  # noqa: Y015
+
+@_typing.final
+class RollbackPolicyRequest(_message.Message):
+    """Go back."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REVISION_FIELD_NUMBER: _builtins.int
+    AUTHOR_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    EXPECTED_REVISION_FIELD_NUMBER: _builtins.int
+    revision: _builtins.int
+    """Whose document shall be in force again."""
+    author: _builtins.str
+    """Who asks."""
+    reason: _builtins.str
+    """Why; at most 512 characters."""
+    expected_revision: _builtins.int
+    """Newest revision of the document that the author has seen. Unset: whatever it is."""
+    def __init__(
+        self,
+        *,
+        revision: _builtins.int = ...,
+        author: _builtins.str = ...,
+        reason: _builtins.str = ...,
+        expected_revision: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_expected_revision", b"_expected_revision", "expected_revision", b"expected_revision"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_expected_revision", b"_expected_revision", "author", b"author", "expected_revision", b"expected_revision", "reason", b"reason", "revision", b"revision"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__expected_revision: _TypeAlias = _typing.Literal["expected_revision"]  # noqa: Y015
+    _WhichOneofArgType__expected_revision: _TypeAlias = _typing.Literal["_expected_revision", b"_expected_revision"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__expected_revision) -> _WhichOneofReturnType__expected_revision | None: ...
+
+Global___RollbackPolicyRequest: _TypeAlias = RollbackPolicyRequest  # noqa: Y015
+
+@_typing.final
+class RollbackPolicyResponse(_message.Message):
+    """Answer to RollbackPolicy."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    POLICY_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def policy(self) -> Global___PolicyRevision:
+        """The new revision, live."""
+
+    def __init__(
+        self,
+        *,
+        policy: Global___PolicyRevision | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["policy", b"policy"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["policy", b"policy"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RollbackPolicyResponse: _TypeAlias = RollbackPolicyResponse  # noqa: Y015

@@ -55,6 +55,26 @@ class PolicyServiceStub:
                 request_serializer=inferflux_dot_v1_dot_policy__service__pb2.RevokeKeyRequest.SerializeToString,
                 response_deserializer=inferflux_dot_v1_dot_policy__service__pb2.RevokeKeyResponse.FromString,
                 _registered_method=True)
+        self.GetPolicy = channel.unary_unary(
+                '/inferflux.v1.PolicyService/GetPolicy',
+                request_serializer=inferflux_dot_v1_dot_policy__service__pb2.GetPolicyRequest.SerializeToString,
+                response_deserializer=inferflux_dot_v1_dot_policy__service__pb2.GetPolicyResponse.FromString,
+                _registered_method=True)
+        self.ApplyPolicy = channel.unary_unary(
+                '/inferflux.v1.PolicyService/ApplyPolicy',
+                request_serializer=inferflux_dot_v1_dot_policy__service__pb2.ApplyPolicyRequest.SerializeToString,
+                response_deserializer=inferflux_dot_v1_dot_policy__service__pb2.ApplyPolicyResponse.FromString,
+                _registered_method=True)
+        self.ListRevisions = channel.unary_unary(
+                '/inferflux.v1.PolicyService/ListRevisions',
+                request_serializer=inferflux_dot_v1_dot_policy__service__pb2.ListRevisionsRequest.SerializeToString,
+                response_deserializer=inferflux_dot_v1_dot_policy__service__pb2.ListRevisionsResponse.FromString,
+                _registered_method=True)
+        self.RollbackPolicy = channel.unary_unary(
+                '/inferflux.v1.PolicyService/RollbackPolicy',
+                request_serializer=inferflux_dot_v1_dot_policy__service__pb2.RollbackPolicyRequest.SerializeToString,
+                response_deserializer=inferflux_dot_v1_dot_policy__service__pb2.RollbackPolicyResponse.FromString,
+                _registered_method=True)
 
 
 class PolicyServiceServicer:
@@ -89,6 +109,34 @@ class PolicyServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetPolicy(self, request, context):
+        """Reads the policy document, or what it was. Callers: operator, gateway.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ApplyPolicy(self, request, context):
+        """Makes a document the newest revision. Callers: operator, gateway.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListRevisions(self, request, context):
+        """Lists revisions, newest first. Callers: operator, gateway.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RollbackPolicy(self, request, context):
+        """Makes the document of an earlier revision the newest revision. Callers: operator, gateway.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_PolicyServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -111,6 +159,26 @@ def add_PolicyServiceServicer_to_server(servicer, server):
                     servicer.RevokeKey,
                     request_deserializer=inferflux_dot_v1_dot_policy__service__pb2.RevokeKeyRequest.FromString,
                     response_serializer=inferflux_dot_v1_dot_policy__service__pb2.RevokeKeyResponse.SerializeToString,
+            ),
+            'GetPolicy': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetPolicy,
+                    request_deserializer=inferflux_dot_v1_dot_policy__service__pb2.GetPolicyRequest.FromString,
+                    response_serializer=inferflux_dot_v1_dot_policy__service__pb2.GetPolicyResponse.SerializeToString,
+            ),
+            'ApplyPolicy': grpc.unary_unary_rpc_method_handler(
+                    servicer.ApplyPolicy,
+                    request_deserializer=inferflux_dot_v1_dot_policy__service__pb2.ApplyPolicyRequest.FromString,
+                    response_serializer=inferflux_dot_v1_dot_policy__service__pb2.ApplyPolicyResponse.SerializeToString,
+            ),
+            'ListRevisions': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListRevisions,
+                    request_deserializer=inferflux_dot_v1_dot_policy__service__pb2.ListRevisionsRequest.FromString,
+                    response_serializer=inferflux_dot_v1_dot_policy__service__pb2.ListRevisionsResponse.SerializeToString,
+            ),
+            'RollbackPolicy': grpc.unary_unary_rpc_method_handler(
+                    servicer.RollbackPolicy,
+                    request_deserializer=inferflux_dot_v1_dot_policy__service__pb2.RollbackPolicyRequest.FromString,
+                    response_serializer=inferflux_dot_v1_dot_policy__service__pb2.RollbackPolicyResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -222,6 +290,114 @@ class PolicyService:
             '/inferflux.v1.PolicyService/RevokeKey',
             inferflux_dot_v1_dot_policy__service__pb2.RevokeKeyRequest.SerializeToString,
             inferflux_dot_v1_dot_policy__service__pb2.RevokeKeyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetPolicy(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/inferflux.v1.PolicyService/GetPolicy',
+            inferflux_dot_v1_dot_policy__service__pb2.GetPolicyRequest.SerializeToString,
+            inferflux_dot_v1_dot_policy__service__pb2.GetPolicyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ApplyPolicy(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/inferflux.v1.PolicyService/ApplyPolicy',
+            inferflux_dot_v1_dot_policy__service__pb2.ApplyPolicyRequest.SerializeToString,
+            inferflux_dot_v1_dot_policy__service__pb2.ApplyPolicyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListRevisions(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/inferflux.v1.PolicyService/ListRevisions',
+            inferflux_dot_v1_dot_policy__service__pb2.ListRevisionsRequest.SerializeToString,
+            inferflux_dot_v1_dot_policy__service__pb2.ListRevisionsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RollbackPolicy(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/inferflux.v1.PolicyService/RollbackPolicy',
+            inferflux_dot_v1_dot_policy__service__pb2.RollbackPolicyRequest.SerializeToString,
+            inferflux_dot_v1_dot_policy__service__pb2.RollbackPolicyResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -41,6 +41,14 @@ class PolicyServiceStub:
     """Lists keys without secrets. Callers: operator, gateway."""
     RevokeKey: _grpc.UnaryUnaryMultiCallable[_policy_service_pb2.RevokeKeyRequest, _policy_service_pb2.RevokeKeyResponse]
     """Revokes a key for ever. Callers: operator, gateway."""
+    GetPolicy: _grpc.UnaryUnaryMultiCallable[_policy_service_pb2.GetPolicyRequest, _policy_service_pb2.GetPolicyResponse]
+    """Reads the policy document, or what it was. Callers: operator, gateway."""
+    ApplyPolicy: _grpc.UnaryUnaryMultiCallable[_policy_service_pb2.ApplyPolicyRequest, _policy_service_pb2.ApplyPolicyResponse]
+    """Makes a document the newest revision. Callers: operator, gateway."""
+    ListRevisions: _grpc.UnaryUnaryMultiCallable[_policy_service_pb2.ListRevisionsRequest, _policy_service_pb2.ListRevisionsResponse]
+    """Lists revisions, newest first. Callers: operator, gateway."""
+    RollbackPolicy: _grpc.UnaryUnaryMultiCallable[_policy_service_pb2.RollbackPolicyRequest, _policy_service_pb2.RollbackPolicyResponse]
+    """Makes the document of an earlier revision the newest revision. Callers: operator, gateway."""
 
 @_typing.type_check_only
 class PolicyServiceAsyncStub(PolicyServiceStub):
@@ -55,6 +63,14 @@ class PolicyServiceAsyncStub(PolicyServiceStub):
     """Lists keys without secrets. Callers: operator, gateway."""
     RevokeKey: _aio.UnaryUnaryMultiCallable[_policy_service_pb2.RevokeKeyRequest, _policy_service_pb2.RevokeKeyResponse]  # type: ignore[assignment]
     """Revokes a key for ever. Callers: operator, gateway."""
+    GetPolicy: _aio.UnaryUnaryMultiCallable[_policy_service_pb2.GetPolicyRequest, _policy_service_pb2.GetPolicyResponse]  # type: ignore[assignment]
+    """Reads the policy document, or what it was. Callers: operator, gateway."""
+    ApplyPolicy: _aio.UnaryUnaryMultiCallable[_policy_service_pb2.ApplyPolicyRequest, _policy_service_pb2.ApplyPolicyResponse]  # type: ignore[assignment]
+    """Makes a document the newest revision. Callers: operator, gateway."""
+    ListRevisions: _aio.UnaryUnaryMultiCallable[_policy_service_pb2.ListRevisionsRequest, _policy_service_pb2.ListRevisionsResponse]  # type: ignore[assignment]
+    """Lists revisions, newest first. Callers: operator, gateway."""
+    RollbackPolicy: _aio.UnaryUnaryMultiCallable[_policy_service_pb2.RollbackPolicyRequest, _policy_service_pb2.RollbackPolicyResponse]  # type: ignore[assignment]
+    """Makes the document of an earlier revision the newest revision. Callers: operator, gateway."""
 
 class PolicyServiceServicer(metaclass=_abc_1.ABCMeta):
     """Keys and their scopes, pushed to gateways as snapshots."""
@@ -90,5 +106,37 @@ class PolicyServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_policy_service_pb2.RevokeKeyResponse, _abc.Awaitable[_policy_service_pb2.RevokeKeyResponse]]:
         """Revokes a key for ever. Callers: operator, gateway."""
+
+    @_abc_1.abstractmethod
+    def GetPolicy(
+        self,
+        request: _policy_service_pb2.GetPolicyRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_policy_service_pb2.GetPolicyResponse, _abc.Awaitable[_policy_service_pb2.GetPolicyResponse]]:
+        """Reads the policy document, or what it was. Callers: operator, gateway."""
+
+    @_abc_1.abstractmethod
+    def ApplyPolicy(
+        self,
+        request: _policy_service_pb2.ApplyPolicyRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_policy_service_pb2.ApplyPolicyResponse, _abc.Awaitable[_policy_service_pb2.ApplyPolicyResponse]]:
+        """Makes a document the newest revision. Callers: operator, gateway."""
+
+    @_abc_1.abstractmethod
+    def ListRevisions(
+        self,
+        request: _policy_service_pb2.ListRevisionsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_policy_service_pb2.ListRevisionsResponse, _abc.Awaitable[_policy_service_pb2.ListRevisionsResponse]]:
+        """Lists revisions, newest first. Callers: operator, gateway."""
+
+    @_abc_1.abstractmethod
+    def RollbackPolicy(
+        self,
+        request: _policy_service_pb2.RollbackPolicyRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_policy_service_pb2.RollbackPolicyResponse, _abc.Awaitable[_policy_service_pb2.RollbackPolicyResponse]]:
+        """Makes the document of an earlier revision the newest revision. Callers: operator, gateway."""
 
 def add_PolicyServiceServicer_to_server(servicer: PolicyServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -12,13 +12,14 @@ from inferflux.clock import SystemClock
 from inferflux.config import load
 from inferflux.errors import ConfigError
 from inferflux.lifecycle import Lifecycle
+from inferflux.policy.signature import PUBLIC_FILE, Verifier
 from inferflux.process import Tasks, fail, run
 from inferflux.rpc.client import open_channel
 from inferflux.rpc.mtls import Identity
 from inferflux.telemetry.logs import LineLog
 from services.gateway.admin import AdminApi
 from services.gateway.app import create_app
-from services.gateway.auth import Authenticator, KeyRing, cache_salt
+from services.gateway.auth import Authenticator, cache_salt
 from services.gateway.cache import CacheApi
 from services.gateway.control import PolicyClient, RegistryClient
 from services.gateway.fleet import Fleet
@@ -26,6 +27,9 @@ from services.gateway.fleet_api import FleetApi
 from services.gateway.idempotency import Idempotency, Records
 from services.gateway.inference import Inference
 from services.gateway.matrix import Matrix
+from services.gateway.policy import Policies
+from services.gateway.policy_api import PolicyApi
+from services.gateway.policy_documents import PolicyDocuments
 from services.gateway.pool import Caller, Pool
 from services.gateway.server import HttpServer, bind
 from services.gateway.settings import Settings
@@ -37,21 +41,22 @@ async def serve(settings: Settings, sock: socket.socket, lifecycle: Lifecycle) -
     """Serve until drained. Starts, and stays, without the other services; /readyz says what is missing."""
     identity = Identity.load(settings.pki_dir, "gateway")
     pepper, tenant_key = (_read_secret(settings.secrets_dir / name) for name in ("pepper.key", "tenant.key"))
+    verifier = Verifier.load(settings.secrets_dir / PUBLIC_FILE)
     caller = Caller(settings.instance_id, f"{settings.instance_id}.{lifecycle.incarnation}", identity)
     async with (
         open_channel(settings.policy_address, identity, "policy") as policy_channel,
         open_channel(settings.registry_address, identity, "registry") as registry_channel,
         Tasks() as tasks,
     ):
-        policy_client = PolicyClient(policy_channel, settings.instance_id, tenant_key)
+        policy_client = PolicyClient(policy_channel, settings.instance_id, tenant_key, verifier)
         registry_client = RegistryClient(registry_channel, settings.instance_id)
-        policy = Snapshot[KeyRing]("policy")
+        policy = Snapshot[Policies]("policy")
         pool = Pool(caller, tasks, settings.terms)
         registry = Snapshot[ClusterView]("registry", pool.reconcile)
         inference = Inference(
-            auth=Authenticator(pepper, lambda: policy.value),
+            auth=Authenticator(pepper, lambda: policy.value.keys if policy.value is not None else None),
             pool=pool,
-            policy_revision=lambda: policy.revision,
+            policies=lambda: policy.value,
             limits=settings.body_limits,
             timeout_s=settings.request_timeout_s,
             access_log=LineLog("gateway", settings.instance_id, "request", __name__) if settings.access_log else None,
@@ -59,8 +64,9 @@ async def serve(settings: Settings, sock: socket.socket, lifecycle: Lifecycle) -
         idempotency = Idempotency(inference, Records(SystemClock(), settings.record_limits), tasks)
         fleet, matrix = FleetApi(Fleet(pool.workers)), Matrix(identity, pool.registered)
         admin = AdminApi(policy_client, policy.reached, fleet, matrix)
+        policy_api = PolicyApi(PolicyDocuments(policy_channel), policy.reached)
         cache = CacheApi(inference.auth, pool, partial(cache_salt, tenant_key))
-        app = create_app(idempotency, admin, cache, pool.listed, lifecycle)
+        app = create_app(idempotency, (admin, cache, policy_api), pool.listed, lifecycle)
         lifecycle.add_readiness("policy", lambda: None if policy.value is not None else "not heard yet")
         lifecycle.add_readiness("workers", pool.objection)
         tasks.spawn(policy.follow(policy_client.watch), "policy")

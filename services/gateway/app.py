@@ -6,9 +6,9 @@ Inference goes through one raw ASGI endpoint with a gate of its own; the rest is
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from starlette.exceptions import HTTPException
@@ -18,10 +18,8 @@ from inferflux.errors import InferfluxError, ModelNotFound, NotFound
 from inferflux.lifecycle import Lifecycle
 from inferflux.telemetry import metrics
 from services.gateway import failures
-from services.gateway.admin import AdminApi
 from services.gateway.asgi import AsgiScope, Message, Receive, Send, header_map
 from services.gateway.auth import Authenticator
-from services.gateway.cache import CacheApi
 from services.gateway.documents import respond
 from services.gateway.endpoints import ENDPOINTS, Dialect, Scope
 from services.gateway.idempotency import Idempotency
@@ -49,7 +47,7 @@ class Gate:
         """Raise Unauthenticated or PermissionDenied, or return."""
         if self.is_open_to_loopback and _is_loopback(request) and not _is_by_proxy(request):
             return
-        principal = self.auth.authenticate(header_map(request.headers.raw))
+        request.state.principal = principal = self.auth.authenticate(header_map(request.headers.raw))
         principal.require(*self.scopes)
 
 
@@ -83,17 +81,21 @@ class Doorway:
         await self.app(scope, receive, stamp)
 
 
-def create_app(
-    idempotency: Idempotency, admin: AdminApi, cache: CacheApi, models: Models, lifecycle: Lifecycle
-) -> Doorway:
-    """Put all routes together."""
+class AdminRoutes(Protocol):
+    """A part of the admin API."""
+
+    def router(self) -> APIRouter: ...
+
+
+def create_app(idempotency: Idempotency, admin: Sequence[AdminRoutes], models: Models, lifecycle: Lifecycle) -> Doorway:
+    """Put all routes together. `admin`: what only administrators reach."""
     inference = idempotency.inference
     auth = inference.auth
     app = FastAPI(openapi_url=None, redirect_slashes=False)
     app.include_router(_health_routes(lifecycle))
     app.include_router(_metrics_routes(), dependencies=[Depends(Gate(auth, (Scope.READ,), is_open_to_loopback=True))])
     app.include_router(_model_routes(models), dependencies=[Depends(Gate(auth, (Scope.READ, Scope.GENERATE)))])
-    for api in (admin, cache):
+    for api in admin:
         app.include_router(api.router(), dependencies=[Depends(Gate(auth, (Scope.ADMIN,)))])
     for kind in (InferfluxError, HTTPException, Exception):
         app.add_exception_handler(kind, _answer_error)

@@ -14,6 +14,7 @@ from inferflux.v1 import types_pb2
 from services.gateway.auth import Principal
 from services.gateway.endpoints import Endpoint, Kind
 from services.gateway.losses import Losses
+from services.gateway.policy import Policy
 
 
 class Phase(StrEnum):
@@ -41,6 +42,7 @@ class Call:
     http: types_pb2.HttpCall
     received_at: float
     deadline_at: float
+    policy: Policy = field(default_factory=Policy)
     created_s: int = 0
     is_recalled: bool = False
     traceparent: str = ""

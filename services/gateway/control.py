@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -9,7 +10,11 @@ from typing import Any
 
 import grpc
 
+from inferflux.errors import PolicyInvalid
+from inferflux.policy.document import EMPTY
+from inferflux.policy.signature import Verifier
 from inferflux.rpc.client import translated_errors
+from inferflux.telemetry import metrics
 from inferflux.types import ROLE_FROM_PROTO, STATE_FROM_PROTO, ModelFingerprint
 from inferflux.v1 import policy_service_pb2 as policy_pb
 from inferflux.v1 import registry_service_pb2 as registry_pb
@@ -17,9 +22,11 @@ from inferflux.v1.policy_service_pb2_grpc import PolicyServiceStub
 from inferflux.v1.registry_service_pb2_grpc import RegistryServiceStub
 from services.gateway.auth import Key, KeyRing, Principal, cache_salt
 from services.gateway.endpoints import Scope
+from services.gateway.policy import Compiler, Policies, Source
 from services.gateway.views import ClusterView, Model, Worker
 
 ADMIN_TIMEOUT_S = 5.0
+_log = logging.getLogger(__name__)
 _SCOPES = {
     Scope.GENERATE: policy_pb.SCOPE_GENERATE,
     Scope.READ: policy_pb.SCOPE_READ,
@@ -56,19 +63,22 @@ class NewKey:
 class PolicyClient:
     """Calls to the policy service. `tenant_key` makes the salts that separate tenants' prefix caches."""
 
-    def __init__(self, channel: grpc.aio.Channel, gateway_id: str, tenant_key: bytes) -> None:
+    def __init__(self, channel: grpc.aio.Channel, gateway_id: str, tenant_key: bytes, verifier: Verifier) -> None:
         self._stub: Any = PolicyServiceStub(channel)
         self._gateway_id = gateway_id
         self._tenant_key = tenant_key
+        self._verifier = verifier
+        self._compiler = Compiler()
 
-    async def watch(self, revision: int) -> AsyncGenerator[KeyRing]:
-        """Yield the current key ring and each later one. Raises InferfluxError when the stream ends badly."""
+    async def watch(self, revision: int) -> AsyncGenerator[Policies]:
+        """Yield the current policies and each later one. Raises InferfluxError when the stream ends badly."""
         request = policy_pb.WatchSnapshotRequest(gateway_id=self._gateway_id, revision=revision)
         call = self._stub.WatchSnapshot(request)
         try:
             with translated_errors():
                 async for message in call:
-                    yield self._to_key_ring(message.snapshot)
+                    if (policies := self._to_policies(message)) is not None:
+                        yield policies
         finally:
             call.cancel()
 
@@ -99,6 +109,20 @@ class PolicyClient:
             answer = await self._stub.RevokeKey(policy_pb.RevokeKeyRequest(key_id=key_id), timeout=ADMIN_TIMEOUT_S)
         return int(answer.revision)
 
+    def _to_policies(self, message: policy_pb.WatchSnapshotResponse) -> Policies | None:
+        """Read a snapshot; None for one that must not be used."""
+        if not self._verifier.is_valid(message.signature, message.snapshot):
+            metrics.POLICY_REFUSED.labels("signature").inc()
+            _log.error("refused a snapshot that the policy service did not sign")
+            return None
+        snapshot = policy_pb.PolicySnapshot.FromString(message.snapshot)
+        candidate = _to_source(snapshot.candidate) if snapshot.HasField("candidate") else None
+        try:
+            keys, live = self._to_key_ring(snapshot), _to_source(snapshot.policy)
+            return self._compiler.compile(snapshot.revision, keys, live, candidate)
+        except PolicyInvalid:
+            return None
+
     def _to_key_ring(self, snapshot: policy_pb.PolicySnapshot) -> KeyRing:
         keys = (self._to_key(record) for record in snapshot.keys)
         return KeyRing(snapshot.revision, {key.secret_hash: key for key in keys})
@@ -127,6 +151,13 @@ class RegistryClient:
                     yield _to_view(message.snapshot)
         finally:
             call.cancel()
+
+
+def _to_source(message: policy_pb.PolicyRevision) -> Source:
+    """Convert a document; an unset message is that of a cluster without any."""
+    share = message.share if message.stage == policy_pb.POLICY_STAGE_CANARY else 0.0
+    is_live = message.stage in (policy_pb.POLICY_STAGE_LIVE, policy_pb.POLICY_STAGE_UNSPECIFIED)
+    return Source(message.revision, message.document or EMPTY, 1.0 if is_live else share)
 
 
 def _scopes(record: policy_pb.KeyRecord) -> list[Scope]:

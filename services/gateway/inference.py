@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
 
-from inferflux.errors import Draining, InferfluxError, InvalidRequest
+from inferflux.errors import Draining, InferfluxError, InvalidRequest, Unavailable
 from inferflux.telemetry import logs, metrics, tracing
 from inferflux.telemetry.logs import LineLog
 from inferflux.v1 import types_pb2
@@ -26,6 +26,7 @@ from services.gateway.call import Call
 from services.gateway.endpoints import ENDPOINTS, Endpoint
 from services.gateway.envelope import BodyLimits
 from services.gateway.lifeline import Lifeline
+from services.gateway.policy import Policies, Policy
 from services.gateway.pool import Pool
 from services.gateway.reply import Reply
 
@@ -43,11 +44,11 @@ _inflight = metrics.INFLIGHT.labels(ROLE)
 
 @dataclass(frozen=True, slots=True)
 class Inference:
-    """Serves every path of ENDPOINTS. `policy_revision` gives the revision in use."""
+    """Serves every path of ENDPOINTS. `policies` gives the snapshot in use; None as long as none was ever received."""
 
     auth: Authenticator
     pool: Pool
-    policy_revision: Callable[[], int]
+    policies: Callable[[], Policies | None]
     limits: BodyLimits
     timeout_s: float
     access_log: LineLog | None
@@ -93,7 +94,9 @@ class Inference:
 
     def response_headers(self, request_id: str) -> RawHeaders:
         """Make the headers of every response."""
-        return [(REQUEST_ID, request_id.encode()), (POLICY_REVISION, str(self.policy_revision()).encode())]
+        policies = self.policies()
+        revision = policies.revision if policies is not None else 0
+        return [(REQUEST_ID, request_id.encode()), (POLICY_REVISION, str(revision).encode())]
 
     async def _serve(self, scope: AsgiScope, receive: Receive, reply: Reply, account: Account) -> None:
         arrived_at = asyncio.get_running_loop().time()
@@ -102,6 +105,7 @@ class Inference:
             raise failures.MethodNotAllowed("POST")
         headers = header_map(scope["headers"])
         principal = self.auth.authorize(headers, endpoint.scope)
+        policy = self._policy(headers)
         deadline_at = arrived_at + self._timeout_s(headers)
         body = await envelope.read_body(receive, headers, self.limits)
         known = envelope.parse(body, self.limits)
@@ -112,6 +116,7 @@ class Inference:
                 request_id=account.request_id,
                 endpoint=endpoint,
                 principal=principal,
+                policy=policy,
                 model=model,
                 http=_http_call(endpoint, scope, headers, body),
                 received_at=asyncio.get_running_loop().time(),
@@ -121,6 +126,13 @@ class Inference:
             )
             async with Lifeline(receive, deadline_at):
                 await flow.serve(call, self.pool, reply)
+
+    def _policy(self, headers: Headers) -> Policy:
+        """Choose the policy of a client by its credential. Raises Unavailable."""
+        policies = self.policies()
+        if policies is None:
+            raise Unavailable("the gateway has no policy yet", retry_after_s=1)
+        return policies.choose(headers.get(b"authorization") or headers.get(b"x-api-key", b""))
 
     def _timeout_s(self, headers: Headers) -> float:
         """Read the client's wish; it can only shorten the deadline."""

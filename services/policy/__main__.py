@@ -11,6 +11,7 @@ from inferflux.clock import SystemClock
 from inferflux.config import CommonSettings, env_name, load
 from inferflux.errors import ConfigError
 from inferflux.lifecycle import Lifecycle
+from inferflux.policy.signature import KEY_FILE, Signer
 from inferflux.process import Tasks, fail, run
 from inferflux.rpc.mtls import Identity
 from inferflux.rpc.server import RpcServer
@@ -42,12 +43,13 @@ class Settings(CommonSettings):
 async def serve(settings: Settings, lifecycle: Lifecycle) -> None:
     """Serve until drained. Starts, and stays, without Redis; see Keeper for what it answers then."""
     clock, pepper = SystemClock(), Pepper.load(settings.secrets_dir / "pepper.key")
+    signer = Signer.load(settings.secrets_dir / KEY_FILE)
     initial = parse_api_keys(settings.api_keys, pepper, now_ms=int(clock.time() * 1000))
     server = RpcServer(Identity.load(settings.pki_dir, "policy"), settings.bind, CALLERS)
     async with PolicyStore(settings.redis_url, pepper) as store, Tasks() as tasks:
         keeper = Keeper(store, clock, initial)
         lifecycle.add_readiness("store", lambda: None if keeper.is_loaded else "not read since the start")
-        add_PolicyServiceServicer_to_server(PolicyServicer(keeper, pepper), server.grpc)
+        add_PolicyServiceServicer_to_server(PolicyServicer(keeper, pepper, signer), server.grpc)
         await server.start()
         tasks.spawn(keeper.run(), "keeper")
         lifecycle.set_ready()

@@ -1,4 +1,4 @@
-"""All keys and all revocations: the whole state of the policy service, as a value.
+"""All keys, all revocations and the policy's revisions: the whole state of the policy service, as a value.
 
 Books merge like sets: a key that either side has is in the result, newest version first, unless either side has revoked
 it. So it does not matter in which order replicas learn of writes, and a store that lost its last writes, or all of
@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from inferflux.errors import Conflict, NotFound
+from services.policy.history import History, Revision
 from services.policy.keys import Key
 
 
@@ -21,6 +22,7 @@ class KeyBook:
     revision: int = 0
     keys: Mapping[str, Key] = field(default_factory=dict)
     revoked: frozenset[str] = frozenset()
+    history: History = field(default_factory=History)
 
     def live(self, now_ms: int) -> list[Key]:
         """List the keys that open something, oldest first."""
@@ -34,12 +36,12 @@ class KeyBook:
         for key in other.keys.values():
             keys[key.key_id] = max(key, keys.get(key.key_id, key), key=_version)
         kept = {key_id: key for key_id, key in keys.items() if key_id not in revoked}
-        return KeyBook(max(self.revision, other.revision), kept, revoked)
+        return KeyBook(max(self.revision, other.revision), kept, revoked, self.history.merge(other.history))
 
     def restore(self, memory: KeyBook, now_ms: int, floor: int = 0) -> KeyBook:
         """Return the stored book (self), or its repair when it lacks something of memory or is below `floor`."""
         merged = self.merge(memory).without_expired(now_ms)
-        is_whole = merged.keys == self.keys and merged.revoked == self.revoked
+        is_whole = (merged.keys, merged.revoked, merged.history) == (self.keys, self.revoked, self.history)
         if is_whole and self.revision >= max(memory.revision, floor, 1):
             return self
         return merged.advance(now_ms, floor)
@@ -76,6 +78,13 @@ class KeyBook:
             raise NotFound(f"no key {key_id!r}")
         kept = {known_id: key for known_id, key in self.keys.items() if known_id != key_id}
         return replace(self, keys=kept, revoked=self.revoked | {key_id}).advance(now_ms)
+
+    def apply(self, draft: Revision, now_ms: int, expected: int | None = None) -> KeyBook:
+        """Make a document the newest revision. Raises Conflict, see History.expect."""
+        self.history.expect(expected)
+        book = self.advance(now_ms)
+        revision = replace(draft, revision=book.revision, created_at_ms=now_ms)
+        return replace(book, history=self.history.add(revision))
 
     def without_expired(self, now_ms: int) -> KeyBook:
         return replace(self, keys={i: key for i, key in self.keys.items() if not key.is_expired(now_ms)})

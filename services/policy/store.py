@@ -1,8 +1,9 @@
 """The policy's Redis: one book, read and written atomically, and a channel that tells replicas of writes.
 
-Layout: `ifx:{policy}:revision` a number, `ifx:{policy}:keys` a hash of sealed records, `ifx:{policy}:revoked` a set of
-key ids. WATCH and MULTI instead of scripts, so that the service's Redis user needs no EVAL. Every failure of Redis,
-slow answers included, is Unavailable: a write that failed so may still have happened, and then the next read shows it.
+Layout: `ifx:{policy}:revision` a number, `ifx:{policy}:keys` and `ifx:{policy}:revisions` hashes of sealed records (API
+keys by id, revisions of the document by number), `ifx:{policy}:revoked` a set of key ids. WATCH and MULTI instead of
+scripts, so that the service's Redis user needs no EVAL. Every failure of Redis, slow answers included, is Unavailable:
+a write that failed so may still have happened, and then the next read shows it.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from redis.exceptions import RedisError, WatchError
 
 from inferflux.errors import ConfigError, Unavailable
 from services.policy.book import KeyBook
+from services.policy.history import History, Revision, decode_revision, encode_revision
 from services.policy.keys import Key, decode_key, encode_key
 from services.policy.pepper import Pepper
 
@@ -28,6 +30,7 @@ log = logging.getLogger(__name__)
 REVISION = "ifx:{policy}:revision"
 KEYS = "ifx:{policy}:keys"
 REVOKED = "ifx:{policy}:revoked"
+REVISIONS = "ifx:{policy}:revisions"
 CHANNEL = "ifx:{policy}:changes"
 
 ANSWER_TIMEOUT_S = 1.0
@@ -88,7 +91,7 @@ class PolicyStore:
             yield wait
 
     async def _try_update(self, pipe: Pipe, edit: Callable[[KeyBook], KeyBook]) -> KeyBook:
-        await pipe.watch(REVISION, KEYS, REVOKED)
+        await pipe.watch(REVISION, KEYS, REVOKED, REVISIONS)
         stored = await self._read(pipe)
         book = edit(stored)
         pipe.multi()
@@ -104,7 +107,7 @@ class PolicyStore:
         records = await pipe.hgetall(KEYS)
         revoked = await pipe.smembers(REVOKED)
         keys = {key.key_id: key for key_id, text in records.items() if (key := self._decode(key_id, text))}
-        return KeyBook(revision, keys, frozenset(revoked))
+        return KeyBook(revision, keys, frozenset(revoked), self._history(await pipe.hgetall(REVISIONS)))
 
     def _write(self, pipe: Pipe, stored: KeyBook, book: KeyBook) -> None:
         changed = {i: encode_key(k, self._pepper) for i, k in book.keys.items() if stored.keys.get(i) != k}
@@ -114,8 +117,30 @@ class PolicyStore:
             pipe.hdel(KEYS, *gone)
         if revoked := book.revoked - stored.revoked:
             pipe.sadd(REVOKED, *revoked)
+        self._write_history(pipe, stored.history, book.history)
         pipe.set(REVISION, book.revision)
         pipe.publish(CHANNEL, book.revision)
+
+    def _write_history(self, pipe: Pipe, stored: History, history: History) -> None:
+        changed = {n: r for n, r in history.revisions.items() if stored.revisions.get(n) != r}
+        if changed:
+            pipe.hset(REVISIONS, mapping={n: self._pepper.seal(encode_revision(r)) for n, r in changed.items()})
+        if gone := stored.revisions.keys() - history.revisions.keys():
+            pipe.hdel(REVISIONS, *gone)
+
+    def _history(self, records: dict[str, str]) -> History:
+        revisions = (self._decode_revision(number, text) for number, text in records.items())
+        return History({revision.revision: revision for revision in revisions if revision})
+
+    def _decode_revision(self, number: str, text: str) -> Revision | None:
+        try:
+            revision = decode_revision(self._pepper.open(text))
+            if str(revision.revision) == number:
+                return revision
+        except (ValueError, KeyError, TypeError):
+            pass
+        log.error("ignoring a policy revision that this pepper did not seal", extra={"policy_revision": number})
+        return None
 
     def _decode(self, key_id: str, text: str) -> Key | None:
         """Read a record; None when it is not ours: then a service that knows a good one writes it again."""

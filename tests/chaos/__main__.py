@@ -8,14 +8,20 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
-from tests.chaos.report import Report
+from tests.chaos.report import Report, Round
 from tests.chaos.run import Chaos, Options
 
 
 async def run(options: Options) -> Report:
     """Run it."""
     async with Chaos(options) as chaos:
-        return await chaos.run()
+        return await chaos.run(tell)
+
+
+def tell(done: Round) -> None:
+    """Say how a round went."""
+    sys.stdout.write(done.line() + "\n")
+    sys.stdout.flush()
 
 
 def parse(argv: list[str]) -> tuple[Options, Path]:

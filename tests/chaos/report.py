@@ -37,6 +37,12 @@ class Round:
     leaked_tickets: int = 0
     violations: list[str] = field(default_factory=list)
 
+    def line(self) -> str:
+        """What happened, in a line."""
+        verdicts = ", ".join(f"{n} {verdict}" for verdict, n in sorted(self.verdicts.items()))
+        outcome = "void" if self.is_void else f"{len(self.violations)} violations" if self.violations else "fine"
+        return f"round {self.number}: {self.fault}: {verdicts}; reclaimed in {self.reclaim_s:.2f} s: {outcome}"
+
 
 @dataclass(slots=True)
 class Report:
@@ -82,7 +88,6 @@ class Report:
         verdicts = Counter[str]()
         for r in faults:
             verdicts.update(r.verdicts)
-        gaps = [gap for r in faults for gap in r.gaps if gap >= VISIBLE_GAP_S and is_about_decode(r.fault)]
         return {
             "faults": len(faults),
             "void": len(self.rounds) - len(faults),
@@ -96,7 +101,9 @@ class Report:
             "leaked tickets": sum(r.leaked_tickets for r in faults),
             "leaked arena bytes": self.leaked_arena_bytes,
             "leaked fds": len(self.leaked_fds),
-            "stream gap of decode faults, s": spread(gaps),
+            "stream gap, decode worker killed, s": spread(visible_gaps(faults, "kill")),
+            "stream gap, decode worker drained, s": spread(visible_gaps(faults, "drain")),
+            "stream gap, decode worker hung, s": spread(visible_gaps(faults, "hang")),
             "reclaim, s": spread(r.reclaim_s for r in faults if "gateway" not in r.fault),
             "reclaim after the gateway, s": spread(r.reclaim_s for r in faults if "gateway" in r.fault),
             "recovery, s": spread(r.recovery_s for r in faults if r.recovery_s is not None),
@@ -114,13 +121,14 @@ class Report:
         for name, rounds in sorted(_by_fault(self.rounds).items()):
             rows.append(_row(name, rounds))
         lines = _aligned(rows)
-        summary = [f"{key:34} {value}" for key, value in self.summary().items()]
+        summary = [f"{key:38} {value}" for key, value in self.summary().items()]
         return "\n".join([*lines, "", *summary, "", *self.all_violations()[:50]])
 
 
-def is_about_decode(fault: str) -> bool:
-    """Whether a fault takes a decode worker away for good, so that streams must move."""
-    return "decode" in fault and ("kill" in fault or "hang" in fault or "drain" in fault)
+def visible_gaps(rounds: Iterable[Round], how: str) -> list[float]:
+    """The gaps of streams whose decode worker was taken away in one way, so that they had to move."""
+    ways = [r for r in rounds if "decode" in r.fault and how in r.fault]
+    return [gap for r in ways for gap in r.gaps if gap >= VISIBLE_GAP_S]
 
 
 def spread(values: Iterable[float]) -> dict[str, float]:

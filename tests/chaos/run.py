@@ -35,6 +35,7 @@ SETTLED_S = 0.5
 """Two pulses: a gateway may know a new worker and not yet that it is ready."""
 POLL_S = 0.05
 Disturbance = Callable[[], Awaitable[list[str]]]
+Tell = Callable[[Round], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,13 +113,14 @@ class Chaos:
         await asyncio.gather(*self._recoveries.values(), return_exceptions=True)
         await self._stack.aclose()
 
-    async def run(self) -> Report:
-        """Run all rounds. Raises AssertionError when even the undisturbed cluster is not exact."""
+    async def run(self, tell: Tell = lambda _: None) -> Report:
+        """Run all rounds, telling of each. Raises AssertionError when even the undisturbed cluster is not exact."""
         started_at = time.monotonic()
         await self.calibrate()
         while len(self._report.faults) < self._options.faults and time.monotonic() - started_at < self._options.seconds:
             fault, targets = await self._draw()
             self._report.rounds.append(await self._round(fault, targets))
+            tell(self._report.rounds[-1])
         await self._close_books()
         self._report.seconds = time.monotonic() - started_at
         return self._report

@@ -34,6 +34,7 @@ from tests.support.fake_cluster import (
     failed,
     fake_cluster,
     head,
+    new_policy,
     running_gateway,
     two_tokens,
     until,
@@ -883,7 +884,7 @@ async def test_a_revoked_key_stops_at_once_and_does_not_come_back():
             while (await gateway.http.get("/v1/models", headers=headers)).status_code != 401:
                 await asyncio.sleep(0.005)
         await cluster.kill("policy")
-        cluster.policy = type(cluster.policy)((cluster.root / "secrets" / "pepper.key").read_bytes())
+        cluster.policy = new_policy(cluster.root)
         cluster.policy.add("soon-revoked", "generate")  # revision 4: older than what the gateway has
         await cluster.start_policy()
         async with asyncio.timeout(5):

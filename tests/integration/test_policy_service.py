@@ -10,7 +10,16 @@ from functools import partial
 import grpc
 import pytest
 
-from inferflux.errors import Conflict, InvalidRequest, NotFound, PermissionDenied, Unavailable
+from inferflux.errors import (
+    Conflict,
+    InvalidRequest,
+    NotFound,
+    PermissionDenied,
+    PolicyInvalid,
+    PolicyPersistFailed,
+    Unavailable,
+)
+from inferflux.policy.signature import Verifier
 from inferflux.rpc.client import translated_errors
 from inferflux.v1 import policy_service_pb2 as pb
 from inferflux.v1.policy_service_pb2_grpc import PolicyServiceStub
@@ -49,7 +58,13 @@ async def client(service: Service, role: str = "operator") -> AsyncIterator[Poli
 
 @asynccontextmanager
 async def watching(service: Service, revision: int = 0) -> AsyncIterator[Watcher]:
-    async with client(service, "gateway") as stub, Watcher(partial(_watch, stub), revision).running() as watcher:
+    verifier = Verifier.load(service.home / "secrets/snapshot.pub")
+
+    def read(message: pb.WatchSnapshotResponse) -> pb.PolicySnapshot:
+        assert verifier.is_valid(message.signature, message.snapshot)
+        return pb.PolicySnapshot.FromString(message.snapshot)
+
+    async with client(service, "gateway") as stub, Watcher(partial(_watch, stub), revision, read).running() as watcher:
         yield watcher
 
 
@@ -304,3 +319,52 @@ async def test_a_drain_ends_the_watches_and_exits_in_order(cluster):
 
         assert service.terminate() == 0
     assert time.monotonic() - started_at < 5
+
+
+AUDIT = b'{"audit":{"sample":0.5}}'
+
+
+async def apply(stub: PolicyServiceStub, document: bytes = AUDIT, **fields: object) -> pb.PolicyRevision:
+    request = {"document": document, "author": "operator", "stage": pb.POLICY_STAGE_LIVE} | fields
+    with translated_errors():
+        return (await stub.ApplyPolicy(pb.ApplyPolicyRequest(**request), wait_for_ready=True)).policy
+
+
+async def test_a_document_is_applied_pushed_listed_and_rolled_back(cluster):
+    """Each step is a revision with its author and reason; the snapshot has the document beside the keys."""
+    async with client(service := cluster.service()) as stub, watching(service) as watcher:
+        await watcher.until(lambda s: s.revision > 0)
+        assert not watcher.newest.HasField("policy")
+        first = await apply(stub, b' {"audit": {"sample": 0.5}} ', reason="first")
+        second = await apply(stub, b"{}", author="key_1", expected_revision=first.revision)
+        snapshot = await watcher.until(lambda s: s.revision >= second.revision)
+        with pytest.raises(Conflict), translated_errors():
+            await stub.ApplyPolicy(pb.ApplyPolicyRequest(author="a", stage=1, expected_revision=first.revision))
+        with pytest.raises(PolicyInvalid, match=r"\$.audit.sample"):
+            await apply(stub, b'{"audit": {"sample": 2}}')
+        request = pb.RollbackPolicyRequest(revision=first.revision, author="key_2", reason="too strict")
+        back = (await stub.RollbackPolicy(request)).policy
+        listing = (await stub.ListRevisions(pb.ListRevisionsRequest())).revisions
+
+        assert (first.document, first.reason) == (AUDIT, "first")
+        assert (snapshot.policy, snapshot.revision) == (second, second.revision)
+        assert (back.document, back.author, back.revision > second.revision) == (AUDIT, "key_2", True)
+        assert list(listing) == [back, second, first]
+        assert (await stub.GetPolicy(pb.GetPolicyRequest())).policy == back
+        assert (await stub.GetPolicy(pb.GetPolicyRequest(revision=second.revision))).policy == second
+
+
+async def test_a_change_that_the_store_does_not_take_is_no_change(cluster):
+    """Its own error; what was in force stays, and is there again when an emptied Redis comes back."""
+    async with client(service := cluster.service()) as stub, watching(service) as watcher:
+        first = await apply(stub)
+        cluster.redis.kill()
+        with pytest.raises(PolicyPersistFailed):
+            await apply(stub, b"{}")
+        assert (await stub.GetPolicy(pb.GetPolicyRequest())).policy == first
+        cluster.redis.lose_data()
+        cluster.redis.start()
+        await watcher.until(lambda s: s.revision > first.revision)
+
+        assert watcher.newest.policy == first
+        assert cluster.redis.command("HEXISTS", "ifx:{policy}:revisions", str(first.revision)) == ":1"

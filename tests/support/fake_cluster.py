@@ -25,6 +25,7 @@ from inferflux.errors import Conflict, NotFound
 from inferflux.feed import Feed
 from inferflux.lifecycle import Lifecycle, new_incarnation
 from inferflux.pki import ensure_pki, ensure_secrets
+from inferflux.policy.signature import Signer
 from inferflux.rpc.mtls import Identity
 from inferflux.rpc.server import RpcServer
 from inferflux.v1 import decode_service_pb2 as decode_pb
@@ -58,8 +59,10 @@ async def until(condition: Callable[[], Any], timeout_s: float = 10.0) -> None:
 class FakePolicy(PolicyServiceServicer):
     """Keys in a dictionary, pushed at once."""
 
-    def __init__(self, pepper: bytes) -> None:
+    def __init__(self, pepper: bytes, seed: bytes) -> None:
         self._pepper = pepper
+        self._signer = Signer(seed)
+        self.policy: policy_pb.PolicyRevision | None = None
         self.revision = 0
         self.keys: dict[str, policy_pb.KeyRecord] = {}
         self.feed: Feed[policy_pb.PolicySnapshot] = Feed()
@@ -78,11 +81,13 @@ class FakePolicy(PolicyServiceServicer):
 
     def publish(self, revision: int) -> None:
         self.revision = revision
-        self.feed.publish(revision, policy_pb.PolicySnapshot(revision=revision, keys=self.keys.values()))
+        keys = self.keys.values()
+        self.feed.publish(revision, policy_pb.PolicySnapshot(revision=revision, keys=keys, policy=self.policy))
 
     async def WatchSnapshot(self, request, context) -> AsyncIterator[policy_pb.WatchSnapshotResponse]:
         async for _, snapshot in self.feed.watch():
-            yield policy_pb.WatchSnapshotResponse(snapshot=snapshot)
+            data = snapshot.SerializeToString()
+            yield policy_pb.WatchSnapshotResponse(snapshot=data, signature=self._signer.sign(data))
 
     async def CreateKey(self, request, context) -> policy_pb.CreateKeyResponse:
         secret = request.secret or f"made-by-the-service-{len(self.keys)}"
@@ -107,6 +112,12 @@ class FakePolicy(PolicyServiceServicer):
     def revoke(self, key_id: str) -> None:
         del self.keys[key_id]
         self.publish(self.revision + 1)
+
+
+def new_policy(root: Path) -> FakePolicy:
+    """Make a policy service that knows only the tests' own keys."""
+    pepper, seed = ((root / "secrets" / name).read_bytes() for name in ("pepper.key", "snapshot.key"))
+    return FakePolicy(pepper, seed)
 
 
 class FakeRegistry(RegistryServiceServicer):
@@ -347,7 +358,7 @@ class FakeCluster:
         self.root = root
         ensure_pki(root / "pki")
         ensure_secrets(root / "secrets")
-        self.policy = FakePolicy((root / "secrets" / "pepper.key").read_bytes())
+        self.policy = new_policy(root)
         self.registry = FakeRegistry()
         self._servers: dict[str, RpcServer] = {}
         self._names = itertools.count()

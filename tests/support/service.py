@@ -136,11 +136,17 @@ class Service:
 class Watcher:
     """Follows a WatchSnapshot like a gateway: opens it again with its newest revision whenever it breaks."""
 
-    def __init__(self, call: Callable[[int], Any], revision: int = 0) -> None:
+    def __init__(
+        self,
+        call: Callable[[int], Any],
+        revision: int = 0,
+        read: Callable[[Any], Any] = lambda message: message.snapshot,
+    ) -> None:
         self.snapshots: list[Any] = []
         self.num_opened = 0
         self.revision = revision
         self._call = call
+        self._read = read
 
     @property
     def newest(self) -> Any:
@@ -167,9 +173,10 @@ class Watcher:
             self.num_opened += 1
             try:
                 async for message in stream:
-                    assert message.snapshot.revision >= self.revision, "a revision went back"
-                    self.revision = message.snapshot.revision
-                    self.snapshots.append(message.snapshot)
+                    snapshot = self._read(message)
+                    assert snapshot.revision >= self.revision, "a revision went back"
+                    self.revision = snapshot.revision
+                    self.snapshots.append(snapshot)
             except grpc.aio.AioRpcError:
                 await asyncio.sleep(0.05)
             finally:

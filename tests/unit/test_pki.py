@@ -74,15 +74,15 @@ def test_concurrent_first_starts_agree(tmp_path: Path) -> None:
 
 
 def test_secrets_are_random_private_and_kept(tmp_path: Path) -> None:
-    """Three different keys of 32 bytes, never replaced."""
+    """Different keys of 32 bytes, never replaced."""
     pki.ensure_secrets(tmp_path)
     before = contents(tmp_path)
     pki.ensure_secrets(tmp_path)
 
     assert contents(tmp_path) == before
-    assert sorted(before) == ["pepper.key", "tenant.key", "ticket.key"]
+    assert sorted(before) == ["pepper.key", "snapshot.key", "snapshot.pub", "tenant.key", "ticket.key"]
     assert {len(secret) for secret in before.values()} == {32}
-    assert len(set(before.values())) == 3
+    assert len(set(before.values())) == 5
     assert {file.stat().st_mode & 0o777 for file in tmp_path.iterdir()} == {0o600}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from datetime import UTC, datetime
 
 import httpx
 import pytest
@@ -21,12 +22,16 @@ from services.gateway.fleet_api import FleetApi
 from services.gateway.idempotency import Idempotency, RecordLimits, Records
 from services.gateway.inference import Inference
 from services.gateway.matrix import Matrix
+from services.gateway.policy import Policies
+from services.gateway.policy_api import PolicyApi
+from services.gateway.policy_documents import PolicyRevision, PolicyState
 from services.gateway.pool import Pool, Terms
 from services.gateway.routing import LocalPrefill
 from services.gateway.views import Model
 
 PEPPER = b"p" * 32
 SECRETS = {scope: f"key-with-{scope}" for scope in Scope}
+REVISION = PolicyRevision(0, b"{}", "", "", datetime.fromtimestamp(0, UTC), "live", 0, 0)
 PUBLIC = {"/livez", "/readyz", "/healthz"}
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT")
 MODEL = Model("tiny", "d", "float32", 2048, ("chat",), 1, is_default=True)
@@ -45,6 +50,16 @@ class Policy:
         return 8
 
 
+class Documents:
+    """A policy service without a document."""
+
+    async def get(self):
+        return PolicyState(REVISION, None, 0)
+
+    async def apply(self, change):
+        raise Conflict("no changes here")
+
+
 def key_ring() -> KeyRing:
     principals = {scope: Principal(f"key_{scope}", "default", frozenset({scope})) for scope in Scope}
     hashes = {scope: hash_secret(PEPPER, secret.encode()) for scope, secret in SECRETS.items()}
@@ -61,7 +76,7 @@ def app() -> Doorway:
     inference = Inference(
         auth=Authenticator(PEPPER, lambda: ring),
         pool=Pool(caller=None, tasks=None, terms=Terms(1, 1, 1, LocalPrefill())),
-        policy_revision=lambda: ring.revision,
+        policies=lambda: Policies(ring.revision, ring),
         limits=BodyLimits(),
         timeout_s=5,
         access_log=None,
@@ -69,7 +84,9 @@ def app() -> Doorway:
     idempotency = Idempotency(inference, Records(ManualClock(), RecordLimits(1, 1)), tasks=None)
     admin = AdminApi(Policy(), never, FleetApi(Fleet(lambda: ())), Matrix(None, lambda: ()))
     cache = CacheApi(inference.auth, inference.pool, str)
-    return create_app(idempotency, admin, cache, lambda: ((MODEL, ()),), Lifecycle("gateway", "g"))
+    return create_app(
+        idempotency, (admin, cache, PolicyApi(Documents(), never)), lambda: ((MODEL, ()),), Lifecycle("gateway", "g")
+    )
 
 
 @pytest.fixture
@@ -105,6 +122,7 @@ ALL_PATHS = (
     "/v1/admin/workers/decode-0/drain",
     "/v1/admin/tickets",
     "/v1/admin/paths",
+    "/v1/admin/policy",
     "/v1/admin/cache",
     "/v1/admin/cache/warm",
     "/v1/admin/cache/pins",
@@ -169,6 +187,7 @@ NEEDS = {
     "/v1/admin/workers/decode-0/drain": set(),
     "/v1/admin/tickets": set(),
     "/v1/admin/paths": set(),
+    "/v1/admin/policy": set(),
 } | {path: {Scope.GENERATE} for path in ENDPOINTS}
 
 

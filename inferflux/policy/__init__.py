@@ -1,0 +1,1 @@
+"""What administrators decide: the policy document, its sections, its signature."""

@@ -1,0 +1,116 @@
+"""The policy in force, compiled: what requests are checked against, from memory alone.
+
+A document is read once per revision of it, not once per snapshot or request. A snapshot that the policy service did not
+sign changes nothing. A signed one with a document that this gateway can't read, because it is older than the service,
+changes keys only: revocations must get through. While there is no document to keep, it changes nothing, since an empty
+one would allow everything.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from dataclasses import dataclass, field
+
+from inferflux.errors import PolicyInvalid
+from inferflux.policy.audit import AuditSection
+from inferflux.policy.document import EMPTY, PolicyDocument, parse
+from inferflux.policy.guardrails import GuardrailsSection
+from inferflux.policy.identity import IdentitySection
+from inferflux.policy.limits import LimitsSection
+from inferflux.telemetry import metrics
+from services.gateway.auth import KeyRing
+
+_SCALE = 1 << 64
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """One revision of the document, each member made of its section by the section's owner; None: no restriction."""
+
+    revision: int = 0
+    document: PolicyDocument = field(default_factory=PolicyDocument)
+    identity: IdentitySection | None = None
+    limits: LimitsSection | None = None
+    guardrails: GuardrailsSection | None = None
+    audit: AuditSection | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A revision of the document as it came. `share`: of the traffic that it decides for; 0: in shadow, 1: live."""
+
+    revision: int = 0
+    document: bytes = EMPTY
+    share: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Policies:
+    """A whole snapshot: the keys, the policy that decides, and the one that is being tried."""
+
+    revision: int
+    keys: KeyRing
+    live: Policy = field(default_factory=Policy)
+    candidate: Policy | None = None
+    share: float = 0.0
+
+    def choose(self, credential: bytes) -> Policy:
+        """Choose what decides for a client: always the same as long as the candidate and its share are the same."""
+        if self.candidate is None or not self.share:
+            return self.live
+        return self.candidate if _fraction(self.candidate.revision, credential) < self.share else self.live
+
+    @property
+    def shadow(self) -> Policy | None:
+        """What is only reported on."""
+        return self.candidate if not self.share else None
+
+
+def compile_policy(source: Source) -> Policy:
+    """Read a document and prepare it for requests. Raises PolicyInvalid."""
+    document = parse(source.document)
+    return Policy(
+        revision=source.revision,
+        document=document,
+        identity=document.identity,
+        limits=document.limits,
+        guardrails=document.guardrails,
+        audit=document.audit,
+    )
+
+
+class Compiler:
+    """Makes Policies of snapshots, and remembers what it has compiled."""
+
+    def __init__(self) -> None:
+        self._live: Policy | None = None
+        self._candidate: Policy | None = None
+
+    def compile(self, revision: int, keys: KeyRing, live: Source, candidate: Source | None = None) -> Policies:
+        """Take a signed snapshot. Raises PolicyInvalid when there is no live policy, not even an older one."""
+        self._live = self._compiled(live) or self._live
+        if self._live is None:
+            raise PolicyInvalid(f"revision {live.revision} of the policy can't be read here")
+        self._candidate = self._compiled(candidate) if candidate is not None else None
+        share = candidate.share if candidate is not None and self._candidate is not None else 0.0
+        return Policies(revision, keys, self._live, self._candidate, share)
+
+    def _compiled(self, source: Source) -> Policy | None:
+        """Return the policy of a source; None, counted, when it can't be read."""
+        for known in (self._live, self._candidate):
+            if known is not None and known.revision == source.revision:
+                return known
+        try:
+            return compile_policy(source)
+        except PolicyInvalid as e:
+            metrics.POLICY_REFUSED.labels("document").inc()
+            _log.error("refused a policy", extra={"policy_revision": source.revision, "reason": e.message})
+            return None
+
+
+def _fraction(revision: int, credential: bytes) -> float:
+    """Map a credential to [0, 1), anew for each candidate, so that it is not always the same clients who try."""
+    digest = hashlib.blake2b(credential, digest_size=8, key=str(revision).encode()).digest()
+    return int.from_bytes(digest) / _SCALE
