@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack
@@ -165,11 +167,13 @@ async def test_versions_and_keys_end(plant):
     ]
     assert [v["source"] for v in history["versions"]] == [str(plant.folder(v)) for v in (1, 2)]
 
-    plant.registry.kill()  # the worker remembers
-    worker = plant.worker("decode-4", plant.folder(1))
-    await until(worker.is_ready, 40)
-    worker.terminate()
-    await until(plant.registry.start().is_ready)
+    os.kill(plant.registry.pid, signal.SIGSTOP)  # the worker remembers
+    try:
+        worker = plant.worker("decode-4", plant.folder(1))
+        await until(worker.is_ready, 40)
+        worker.kill()
+    finally:
+        os.kill(plant.registry.pid, signal.SIGCONT)
 
     plant.run("revoke", history["versions"][0]["key_id"])
     assert "was revoked" in await plant.refused("decode-4", plant.folder(2))
