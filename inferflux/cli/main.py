@@ -9,6 +9,8 @@ from typing import Annotated, Optional
 import typer
 
 from inferflux.cli.failure import CliError, Exit
+from inferflux.cli.models_commands import app as models_app
+from inferflux.cli.models_commands import pull
 from inferflux.cli.output import Format, note
 from inferflux.cli.policy_commands import app as policy_app
 from inferflux.cli.registry_commands import app as registry_app
@@ -28,6 +30,8 @@ keys_app = typer.Typer(help="API keys.", no_args_is_help=True)
 app.add_typer(server_app, name="server")
 app.add_typer(admin_app, name="admin")
 app.add_typer(registry_app, name="registry")
+app.add_typer(models_app, name="models")
+app.command("pull")(pull)
 app.add_typer(policy_app, name="policy")
 admin_app.add_typer(keys_app, name="api-keys")
 
@@ -119,14 +123,6 @@ def status(output: Output = Format.TABLE) -> None:
     from inferflux.cli.server import show_status  # noqa: PLC0415
 
     show_status(output)
-
-
-@app.command()
-def models(output: Output = Format.TABLE) -> None:
-    """List the models that are served."""
-    from inferflux.cli.server import show_models  # noqa: PLC0415
-
-    show_models(output)
 
 
 @app.command()

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import inferflux
 from inferflux.cli.failure import CliError
+from inferflux.cli.pull.receipt import Receipt
 from inferflux.engine import reference
 from inferflux.errors import ConfigError, ModelRefused
 from inferflux.models import bundle, capabilities, manifest, signing
@@ -48,6 +49,7 @@ class Wish:
 
 def sign(wish: Wish) -> dict[str, Any]:
     """Write manifest, reference and provenance into the folder, and sign. Raises ModelRefused or ConfigError."""
+    wish = with_receipt(wish)
     folder = wish.folder
     version = wish.version or next_version(folder)
     for name in (bundle.NAME, manifest.NAME, manifest.PROVENANCE):
@@ -69,6 +71,21 @@ def sign(wish: Wish) -> dict[str, Any]:
         "weights_digest": digest,
         "signature": str(folder / bundle.NAME),
     }
+
+
+def with_receipt(wish: Wish) -> Wish:
+    """Take what `inferctl pull` remembers of the folder for what the user did not say."""
+    receipt = Receipt.load(wish.folder.resolve().parent, wish.folder.resolve().name)
+    if receipt is None:
+        return wish
+    (sha256,) = receipt.fetched.values() if len(receipt.fetched) == 1 else ("",)
+    source = wish.source or receipt.source
+    return replace(
+        wish,
+        source=source,
+        source_sha256=wish.source_sha256 or (sha256 if source == receipt.source else ""),
+        licence=wish.licence or receipt.licence,
+    )
 
 
 def next_version(folder: Path) -> int:
