@@ -112,7 +112,7 @@ def _receive(client: httpx.Client, file: RemoteFile, sink: BinaryIO, progress: P
             sink.truncate(0)
         elif offset and not response.headers.get("content-range", "").startswith(f"bytes {offset}-"):
             raise Broken("the server sent another range")
-        for chunk in response.iter_bytes(CHUNK):
+        for chunk in response.iter_bytes():  # as it comes: what is gathered first is lost with the line
             sink.write(chunk)
             if sink.tell() > file.size:
                 sink.truncate(0)
