@@ -10,9 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 SOURCES = sorted(path for root in ("inferflux", "services", "bench", "scripts") for path in (ROOT / root).rglob("*.py"))
-MODULES = frozenset(
-    {"pickle", "_pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib", "jsonpickle"}
-)
+MODULES = frozenset({"pickle", "_pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib", "jsonpickle"})
 CALLS = frozenset({
     *("eval", "exec", "compile", "__import__", "os.system", "os.popen", "torch.load", "torch.hub.load"),
     *("yaml.load", "yaml.unsafe_load", "yaml.full_load", "numpy.load", "np.load", "pandas.read_pickle"),
