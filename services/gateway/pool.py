@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import chain, count
 from types import TracebackType
@@ -17,6 +18,7 @@ from typing import Generic, Self, TypeVar
 
 from inferflux.clock import SystemClock, until_tick
 from inferflux.errors import InferfluxError, ModelNotFound, NotFound, NoWorker, Unavailable
+from inferflux.policy.identity import EVERYTHING, Allowance
 from inferflux.process import Tasks
 from inferflux.rpc.client import open_channel
 from inferflux.rpc.mtls import Identity
@@ -29,6 +31,7 @@ from services.gateway.call import Call
 from services.gateway.heart import TICK_S, Heart
 from services.gateway.link import Link
 from services.gateway.losses import Moves
+from services.gateway.matrix import Matrix
 from services.gateway.news import News
 from services.gateway.poison import Inquest
 from services.gateway.prefill import PrefillLink
@@ -75,7 +78,7 @@ class Peer(Generic[L]):
     is_registered: bool = True
     num_ticks_lost: int = 0
 
-    def candidate(self) -> routing.Candidate:
+    def candidate(self, unreadable_by: frozenset[str] = frozenset()) -> routing.Candidate:
         """Take the worker as it is now."""
         heart, link = self.link.heart, self.link
         return routing.Candidate(
@@ -85,6 +88,7 @@ class Peer(Generic[L]):
             link.num_assigned,
             link.num_local_prefills,
             heart.warmth,
+            unreadable_by=unreadable_by,
         )
 
 
@@ -122,6 +126,7 @@ class Pool:
         self._inquest = Inquest(SystemClock(), News())
         self._prefills: dict[str, Peer[PrefillLink]] = {}
         self._decodes: dict[str, Peer[DecodeSession]] = {}
+        self.matrix = Matrix(self._ready, self._inquest.news)
         self._turns = count()
         self._joins = count()
 
@@ -134,35 +139,32 @@ class Pool:
         for peer in self._peers():
             peer.is_registered = peer.worker.worker_id in registered
 
-    def models(self) -> tuple[Model, ...]:
-        """Known models. Raises Unavailable as long as the registry was never heard."""
-        return self._known().models
+    def models(self, allowance: Allowance = EVERYTHING) -> tuple[Model, ...]:
+        """Known models that may be used. Raises Unavailable as long as the registry was never heard."""
+        return tuple(model for model in self._known().models if allowance.permits(model.name))
 
     def record(self, name: str) -> Model | None:
         """What the registry says of a model; None when it says nothing. Raises as `models`."""
         return next((model for model in self.models() if model.name == name), None)
-
-    def listed(self) -> tuple[tuple[Model, tuple[Worker, ...]], ...]:
-        """Known models, each with its registered workers that failed. Raises as `models`."""
-        failed = [worker for worker in self._known().workers if worker.state is State.FAILED]
-        return tuple((model, tuple(w for w in failed if w.model == model.name)) for model in self.models())
-
-    def registered(self) -> tuple[Worker, ...]:
-        """Registered workers. Raises Unavailable as long as the registry was never heard."""
-        return self._known().workers
 
     def _known(self) -> ClusterView:
         if self._view is None:
             raise Unavailable("the gateway has not heard the registry yet", retry_after_s=1)
         return self._view
 
-    def resolve(self, name: str | None) -> str:
-        """Return the model that a call means. Raises ModelNotFound or Unavailable."""
-        models = self.models()
+    def resolve(self, name: str | None, allowance: Allowance = EVERYTHING) -> str:
+        """Return the model that a call means. Raises ModelNotFound or Unavailable.
+
+        A model that may not be used is, for whoever asks, not there.
+        """
+        models = self.models(allowance)
         if name is None:
             default = next((model for model in models if model.is_default), models[0] if models else None)
+            if default is None and allowance.lists:
+                raise ModelNotFound("there is no model to use", param="model")
             return default.name if default else ""
-        if all(model.name != name for model in models) and all(peer.worker.model != name for peer in self._peers()):
+        is_there = any(model.name == name for model in models) or any(p.worker.model == name for p in self._peers())
+        if not (is_there and allowance.permits(name)):
             raise ModelNotFound(f"the model {name!r} does not exist", param="model")
         return name
 
@@ -238,7 +240,7 @@ class Pool:
         return Route(self._decodes[plan.decode].link, prefill, plan.why_local)
 
     def _candidates(self, question: routing.Question) -> list[routing.Candidate]:
-        candidates = [peer.candidate() for peer in self._peers()]
+        candidates = [peer.candidate(self.matrix.unreadable_by(peer.worker)) for peer in self._peers()]
         if not question.is_suspect:
             return candidates
         suspicious = {worker_id for worker_id, peer in self._decodes.items() if peer.link.has_suspects}
@@ -273,6 +275,17 @@ class Pool:
         is_served = any(peer.link.heart.is_ready for peer in self._decodes.values())
         return None if is_served else "no decode worker is ready"
 
+    async def met(self, timeout_s: float) -> None:
+        """Wait until a decode worker is connected, unless the registry knows of none that is ready."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                while self._expects_decode() and self.objection() is not None:
+                    await self._inquest.news.next()
+
+    def _expects_decode(self) -> bool:
+        workers = self._view.workers if self._view else ()
+        return any(worker.role is Role.DECODE and worker.state is State.READY for worker in workers)
+
     async def watch_hearts(self) -> None:
         """Give up streams that went silent; run until cancelled."""
         while True:
@@ -284,6 +297,9 @@ class Pool:
                 is_lost = not (peer.is_registered or peer.link.heart.is_up)
                 peer.num_ticks_lost = peer.num_ticks_lost + 1 if is_lost else 0
             self._forget_lost()
+
+    def _ready(self) -> Iterator[tuple[Worker, Link]]:
+        return ((peer.worker, peer.link) for peer in self._peers() if peer.link.heart.is_ready)
 
     def _peers(self) -> Iterator[Peer[PrefillLink] | Peer[DecodeSession]]:
         return chain(self._prefills.values(), self._decodes.values())

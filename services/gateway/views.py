@@ -9,10 +9,7 @@ from inferflux.types import ModelFingerprint, Role, State, Transport
 
 @dataclass(frozen=True, slots=True)
 class Worker:
-    """One registered worker. `host_id`: equal ids share memory. `transports`: how KV blocks reach or leave it.
-
-    `reason`: why it is not ready.
-    """
+    """One registered worker. `host_id`: equal ids share memory. `transports`: how KV blocks reach or leave it."""
 
     worker_id: str
     incarnation: str
@@ -24,12 +21,19 @@ class Worker:
     host_id: str
     max_num_seqs: int
     transports: frozenset[str] = frozenset({Transport.SHM})
-    reason: str = ""
 
     def can_read(self, owner: Worker) -> bool:
         """Whether the two have a transport in common; shm only within a host."""
         common = self.transports & owner.transports
         return Transport.NIXL in common or (Transport.SHM in common and self.host_id == owner.host_id)
+
+
+@dataclass(frozen=True, slots=True)
+class FailedWorker:
+    """A worker that could not load its model, or not prove it."""
+
+    worker_id: str
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +52,7 @@ class Model:
     is_default: bool
     version: int = 0
     signed_by: str = ""
+    failed_workers: tuple[FailedWorker, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
