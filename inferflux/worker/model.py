@@ -82,6 +82,8 @@ async def _checked(settings: WorkerSettings, role: Role, stack: ExitStack) -> Lo
         _log.warning("model does not verify", extra={"reason": e.message, "model": settings.model})
         return _as_it_lies(settings)
     metrics.MODEL_VERIFICATIONS.labels("verified").inc()
+    if settings.executor == "ray":  # its ranks may be on hosts where our descriptors mean nothing
+        return _verified(settings, folder, verified, settings.model_dir)
     view = settings.run_dir / f"{settings.instance_id}.model"
     stack.callback(shutil.rmtree, view, ignore_errors=True)
     folder.link(view)
@@ -118,13 +120,13 @@ def _as_it_lies(settings: WorkerSettings) -> LoadableModel:
     return LoadableModel(folder, settings.model_digest, settings.numerics_reference, able)
 
 
-def _verified(settings: WorkerSettings, folder: ModelFolder, verified: Verified, view: Path) -> LoadableModel:
+def _verified(settings: WorkerSettings, folder: ModelFolder, verified: Verified, path: Path) -> LoadableModel:
     reference, signed = settings.numerics_reference, verified.manifest
     if signed is not None and signed.numerics:
-        reference = view / signed.numerics
+        reference = path / signed.numerics
     able = signed.capabilities if signed else _as_it_lies(settings).capabilities
     digest, key = verified.weights_digest, verified.key_ids[0]
-    return LoadableModel(view, digest, reference, able, verified.version, key, folder)
+    return LoadableModel(path, digest, reference, able, verified.version, key, folder)
 
 
 async def _aside(work: Callable[[], T]) -> T:

@@ -45,7 +45,7 @@ def test_the_engine_is_told_how_it_is_spread() -> None:
     spread = settings(tensor_parallel="2", pipeline_parallel="3", data_parallel="4", expert_parallel="true")
 
     assert settings().parallelism == Parallelism(1, 1, 1, expert=False, executor="auto")
-    assert spread.engine_options(Role.DECODE).parallelism == Parallelism(2, 3, 4, expert=True)
+    assert spread.engine_options(Role.DECODE, LoadableModel()).parallelism == Parallelism(2, 3, 4, expert=True)
     assert spread.parallelism.num_ranks == 6
 
 
