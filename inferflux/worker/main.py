@@ -45,6 +45,7 @@ from inferflux.worker import admin
 from inferflux.worker.claims import Claims
 from inferflux.worker.drain import Drain
 from inferflux.worker.ledger import Ledger, measure
+from inferflux.worker.meter import Meter
 from inferflux.worker.model import LoadableModel, open_model
 from inferflux.worker.paths import Paths
 from inferflux.worker.prefixes import PrefixTally
@@ -182,6 +183,7 @@ class WorkerProcess:
                 ticket_key=ticket_key,
                 model=model,
                 progress=Progress(SystemClock(), self._settings.wedge_s),
+                meter=Meter(SystemClock()),
                 arena=self._arena,
                 book=book,
                 nixl=nixl_server,
