@@ -2,7 +2,7 @@
 
 Layout: `ifx:{registry}:revision` a number, `ifx:{registry}:models` a hash of records, `ifx:{registry}:rosters` a hash
 of one roster per replica, `ifx:{registry}:releases` a hash of signed versions by model, `ifx:{registry}:revoked_keys` a
-set, `ifx:{registry}:rules_revision` a number. Models and releases are written under WATCH and MULTI; a roster has one
+set, `ifx:{registry}:rules:revision` a number. Models and releases are written under WATCH and MULTI; a roster has one
 writer. Every failure of Redis, slow answers included, is Unavailable.
 """
 
@@ -32,7 +32,7 @@ MODELS = "ifx:{registry}:models"
 ROSTERS = "ifx:{registry}:rosters"
 RELEASES = "ifx:{registry}:releases"
 REVOKED_KEYS = "ifx:{registry}:revoked_keys"
-RULES_REVISION = "ifx:{registry}:rules_revision"
+RULES_REVISION = "ifx:{registry}:rules:revision"
 CHANNEL = "ifx:{registry}:changes"
 
 ANSWER_TIMEOUT_S = 1.0
