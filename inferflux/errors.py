@@ -5,6 +5,7 @@
     |   +-- BodyTooLarge          413
     |   +-- HeadersTooLarge       431
     |   +-- IdempotencyKeyReused  422
+    |   +-- CapabilityNotSupported 422
     |   +-- RequestExceedsLimit   400
     |   +-- PolicyInvalid         400
     |   +-- RequestTimeout        408
@@ -33,6 +34,7 @@
     +-- EngineFailed              500 INTERNAL             retryable
     +-- PoisonRequest             500 INTERNAL
     +-- NumericsMismatch          500 FAILED_PRECONDITION
+    +-- ModelRefused              500 FAILED_PRECONDITION
     +-- ConfigError               500 FAILED_PRECONDITION
     +-- Internal                  500 INTERNAL
 
@@ -75,6 +77,12 @@ class HeadersTooLarge(InvalidRequest):
 
 class IdempotencyKeyReused(InvalidRequest):
     reason, http_status = "IDEMPOTENCY_KEY_REUSED", 422
+
+
+class CapabilityNotSupported(InvalidRequest):
+    """The model can't do what the request asks for; nothing was computed."""
+
+    reason, http_status = "CAPABILITY_NOT_SUPPORTED", 422
 
 
 class PolicyInvalid(InvalidRequest):
@@ -238,6 +246,12 @@ class NumericsMismatch(InferfluxError):
     """The engine does not compute what the reference computes; the worker must not serve."""
 
     reason, grpc_code = "NUMERICS_MISMATCH", grpc.StatusCode.FAILED_PRECONDITION
+
+
+class ModelRefused(InferfluxError):
+    """A model that must not be loaded: tampered with, not signed by anybody trusted, too old, or with its own code."""
+
+    reason, grpc_code = "MODEL_REFUSED", grpc.StatusCode.FAILED_PRECONDITION
 
 
 class ConfigError(InferfluxError):

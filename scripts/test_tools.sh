@@ -1,6 +1,22 @@
 #!/usr/bin/env bash
-# Install the Debian packages that tests need beside .venv; without root, say which.
+# Install what tests need beside .venv: an S3 server in a folder of its own, and Debian packages; without root, say which.
 set -euo pipefail
+cd "$(dirname "$0")/.."
+
+# Apart from .venv: boto3 wants an older python-dateutil than kubernetes does.
+VENV=${VENV:-.venv}
+S3=$VENV/s3-server
+if [[ ! -e $S3/.ready ]]; then
+    echo "==> installing moto, the S3 server of the tests"
+    rm -rf "$S3"
+    if ! "$VENV/bin/python" -m pip install --disable-pip-version-check --quiet --no-input --target "$S3" \
+        'moto[s3]==5.2.5' 'flask>=3.1,<4' 'flask-cors>=6,<7' >"$VENV/s3-server.log" 2>&1; then
+        tail -20 "$VENV/s3-server.log" >&2
+        echo "could not install the S3 server of the tests" >&2
+        exit 1
+    fi
+    touch "$S3/.ready"
+fi
 
 command -v redis-server >/dev/null && exit 0
 how="apt-get install --no-install-recommends redis-server"

@@ -30,7 +30,7 @@ from inferflux.paths import Home
 
 FORMAT, VERSION = "inferflux-backup", 1
 MOMENTARY = frozenset({"ifx:{registry}:rosters", "ifx:{registry}:plans", "ifx:{registry}:planner-lease"})
-FOR_EVER = frozenset({"ifx:{policy}:revoked"})
+FOR_EVER = frozenset({"ifx:{policy}:revoked", "ifx:{registry}:revoked_keys"})
 """Sets that only grow: what was revoked after a backup stays revoked when it is restored."""
 REVISION = ":revision"
 MAX_TRIES = 100

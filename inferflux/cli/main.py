@@ -11,10 +11,13 @@ import typer
 
 from inferflux.cli.audit_commands import app as audit_app
 from inferflux.cli.failure import CliError, Exit
+from inferflux.cli.models_commands import app as models_app
+from inferflux.cli.models_commands import pull
 from inferflux.cli.output import Format, note
 from inferflux.cli.policy_commands import app as policy_app
 from inferflux.cli.policy_commands import view_app
 from inferflux.cli.pool_commands import pools_app
+from inferflux.cli.registry_commands import app as registry_app
 
 HELP = """InferFlux: disaggregated LLM serving on this machine or elsewhere.
 
@@ -30,6 +33,9 @@ admin_app = typer.Typer(help="Administration.", no_args_is_help=True)
 keys_app = typer.Typer(help="API keys.", no_args_is_help=True)
 app.add_typer(server_app, name="server")
 app.add_typer(admin_app, name="admin")
+app.add_typer(registry_app, name="registry")
+app.add_typer(models_app, name="models")
+app.command("pull")(pull)
 app.add_typer(policy_app, name="policy")
 app.add_typer(audit_app, name="audit")
 app.add_typer(pools_app, name="pools")
@@ -135,13 +141,6 @@ def status(output: Output = Format.TABLE) -> None:
 
 
 @app.command()
-def models(output: Output = Format.TABLE) -> None:
-    """List the models that are served."""
-    from inferflux.cli.server import show_models  # noqa: PLC0415
-
-    show_models(output)
-
-
 @app.command()
 def chat(
     prompt: Prompt = None,

@@ -17,13 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from inferflux.cli import jobs, manifest
-from inferflux.cli.manifest import Manifest
+from inferflux.cli import digests, jobs
+from inferflux.cli.digests import Digests
 from inferflux.engine import reference
 from inferflux.errors import ConfigError, InferfluxError
+from inferflux.models.manifest import REFERENCE
 
 DEFAULT = "smollm2-135m"
-REFERENCE_NAME = "inferflux-reference.json"
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "tekken.json", "vocab.txt")
 GIB = 1 << 30
 FLOAT32_BYTES_PER_WEIGHT_BYTE = 2  # weights come in 16 bits
@@ -54,18 +54,18 @@ def prepare(name_or_folder: str, models_dir: Path, progress: Progress, *, availa
     models_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     name, folder = locate(name_or_folder, models_dir)
     with locked(models_dir / f".lock-{name}", lambda: progress("waiting for another process", None)):
-        if name_or_folder == DEFAULT:
-            from inferflux.cli import default_model  # noqa: PLC0415 - only here
+        from inferflux.cli.pull import pull  # noqa: PLC0415 - it needs us, too
 
-            default_model.ensure(folder, progress)
+        pull.ensure(name, folder, models_dir, progress)
         files = check_folder(folder)
         cache = cache_dir(folder, models_dir)
-        digests = ensure_manifest(folder, files, cache, progress)
-        num_bytes = sum(f.size for n, f in digests.files.items() if n.endswith(".safetensors"))
-        if not has_reference(cache, digests.weights_digest):
+        known = ensure_digests(folder, files, cache, progress)
+        num_bytes = sum(f.size for n, f in known.files.items() if n.endswith(".safetensors"))
+        place = next((p for p in (folder, cache) if has_reference(p, known.weights_digest)), None)
+        if place is None:
             check_room(name, num_bytes, available_bytes)
-            compute_reference(folder, digests.weights_digest, cache, progress)
-        return Model(name, folder, digests.weights_digest, num_bytes, cache / REFERENCE_NAME)
+            compute_reference(folder, known.weights_digest, cache, progress)
+        return Model(name, folder, known.weights_digest, num_bytes, (place or cache) / REFERENCE)
 
 
 def locate(name_or_folder: str, models_dir: Path) -> tuple[str, Path]:
@@ -136,27 +136,25 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def cache_dir(folder: Path, models_dir: Path) -> Path:
-    """Where we keep what we learn about a folder: inside our own folders, beside them for the user's."""
-    if folder.parent == models_dir:
-        return folder
+    """Where we keep what we learn about a folder: never in it, since it may be signed as it is."""
     return models_dir / ".cache" / hashlib.sha256(os.fsencode(folder)).hexdigest()[:32]
 
 
-def ensure_manifest(folder: Path, files: list[str], cache: Path, progress: Progress) -> Manifest:
+def ensure_digests(folder: Path, files: list[str], cache: Path, progress: Progress) -> Digests:
     """Read the digests, or compute them when any file is new."""
-    path = cache / manifest.NAME
-    digests = Manifest.load(path)
-    if digests is None or not digests.is_fresh(folder, files):
+    path = cache / digests.NAME
+    known = Digests.load(path)
+    if known is None or not known.is_fresh(folder, files):
         cache.mkdir(mode=0o700, parents=True, exist_ok=True)
-        digests = Manifest.compute(folder, files, lambda fraction: progress("computing digests", fraction))
-        digests.save(path)
-    return digests
+        known = Digests.compute(folder, files, lambda fraction: progress("computing digests", fraction))
+        known.save(path)
+    return known
 
 
-def has_reference(cache: Path, weights_digest: str) -> bool:
+def has_reference(place: Path, weights_digest: str) -> bool:
     """Say whether the numerics reference is there and of these very weights."""
     try:
-        return reference.load(cache / REFERENCE_NAME).weights_digest == weights_digest
+        return reference.load(place / REFERENCE).weights_digest == weights_digest
     except ConfigError:
         return False  # none yet, or one of another format
 
@@ -171,7 +169,7 @@ def check_room(name: str, num_weight_bytes: int, available_bytes: int) -> None:
 
 def compute_reference(folder: Path, weights_digest: str, cache: Path, progress: Progress) -> None:
     """Compute the numerics reference in a child process, once."""
-    arguments = [str(folder), weights_digest, str(cache / REFERENCE_NAME)]
+    arguments = [str(folder), weights_digest, str(cache / REFERENCE)]
     jobs.run("reference", arguments, lambda fraction: progress("computing numerics reference", fraction))
 
 

@@ -19,6 +19,7 @@ from inferflux.paths import Home
 # Each of a role's processes may drain, load its model and warm up before the next one goes.
 RESTART_S = 3600.0
 FOLLOW_POLL_S = 0.3
+MODEL_COLUMNS = ("id", "version", "signed by", "context", "capabilities", "failed workers")
 COLUMNS = ("id", "role", "pid", "state", "restarts", "uptime", "incarnation", "reason")
 
 
@@ -55,9 +56,15 @@ def show_models(output: Format) -> None:
     if output is Format.JSON:
         print_json(answer)
         return
-    print_table(
-        ("id", "owner", "context"), ((m["id"], m.get("owned_by"), m.get("max_model_len")) for m in answer["data"])
-    )
+    print_table(MODEL_COLUMNS, map(model_row, answer["data"]))
+
+
+def model_row(model: dict[str, Any]) -> tuple[object, ...]:
+    """Render one model for people."""
+    failed = "; ".join(f"{worker['id']}: {worker['reason']}" for worker in model.get("failed_workers", ()))
+    signed_by = (model.get("signed_by") or "")[:12]
+    able = " ".join(model.get("capabilities", ()))
+    return model["id"], model.get("version"), signed_by, model.get("max_model_len"), able, failed
 
 
 def start(output: Format) -> None:

@@ -376,6 +376,15 @@ SCALINGS = Counter(
     registry=REGISTRY,
 )
 
+# --- models -----------------------------------------------------------------------------------------------------------
+
+MODEL_VERIFICATIONS = Counter(
+    "inferflux_model_verifications",
+    "Models that a worker checked before loading, by result: verified, warned, refused.",
+    ("result",),
+    registry=REGISTRY,
+)
+
 # --- gateway ----------------------------------------------------------------------------------------------------------
 
 PHASES = Counter(
@@ -416,6 +425,12 @@ IDEMPOTENT_HITS = Counter(
     "inferflux_idempotent_hits",
     "Requests answered by the execution of another with the same Idempotency-Key: running, or done before.",
     ("state",),
+    registry=REGISTRY,
+)
+CAPABILITY_REJECTED = Counter(
+    "inferflux_capability_rejected",
+    "Requests refused because their model can't do what they ask for, by capability.",
+    ("capability",),
     registry=REGISTRY,
 )
 CONNECTIONS = Gauge(

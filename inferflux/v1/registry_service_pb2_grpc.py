@@ -60,6 +60,36 @@ class RegistryServiceStub:
                 request_serializer=inferflux_dot_v1_dot_registry__service__pb2.DeleteModelRequest.SerializeToString,
                 response_deserializer=inferflux_dot_v1_dot_registry__service__pb2.DeleteModelResponse.FromString,
                 _registered_method=True)
+        self.PushVersion = channel.unary_unary(
+                '/inferflux.v1.RegistryService/PushVersion',
+                request_serializer=inferflux_dot_v1_dot_registry__service__pb2.PushVersionRequest.SerializeToString,
+                response_deserializer=inferflux_dot_v1_dot_registry__service__pb2.PushVersionResponse.FromString,
+                _registered_method=True)
+        self.PromoteVersion = channel.unary_unary(
+                '/inferflux.v1.RegistryService/PromoteVersion',
+                request_serializer=inferflux_dot_v1_dot_registry__service__pb2.PromoteVersionRequest.SerializeToString,
+                response_deserializer=inferflux_dot_v1_dot_registry__service__pb2.PromoteVersionResponse.FromString,
+                _registered_method=True)
+        self.RollBackVersion = channel.unary_unary(
+                '/inferflux.v1.RegistryService/RollBackVersion',
+                request_serializer=inferflux_dot_v1_dot_registry__service__pb2.RollBackVersionRequest.SerializeToString,
+                response_deserializer=inferflux_dot_v1_dot_registry__service__pb2.RollBackVersionResponse.FromString,
+                _registered_method=True)
+        self.GetHistory = channel.unary_unary(
+                '/inferflux.v1.RegistryService/GetHistory',
+                request_serializer=inferflux_dot_v1_dot_registry__service__pb2.GetHistoryRequest.SerializeToString,
+                response_deserializer=inferflux_dot_v1_dot_registry__service__pb2.GetHistoryResponse.FromString,
+                _registered_method=True)
+        self.RevokeSigningKey = channel.unary_unary(
+                '/inferflux.v1.RegistryService/RevokeSigningKey',
+                request_serializer=inferflux_dot_v1_dot_registry__service__pb2.RevokeSigningKeyRequest.SerializeToString,
+                response_deserializer=inferflux_dot_v1_dot_registry__service__pb2.RevokeSigningKeyResponse.FromString,
+                _registered_method=True)
+        self.GetModelRules = channel.unary_unary(
+                '/inferflux.v1.RegistryService/GetModelRules',
+                request_serializer=inferflux_dot_v1_dot_registry__service__pb2.GetModelRulesRequest.SerializeToString,
+                response_deserializer=inferflux_dot_v1_dot_registry__service__pb2.GetModelRulesResponse.FromString,
+                _registered_method=True)
 
 
 class RegistryServiceServicer:
@@ -102,6 +132,48 @@ class RegistryServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def PushVersion(self, request, context):
+        """Makes a signed version of a model known. Idempotent. Callers: operator.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PromoteVersion(self, request, context):
+        """Makes a pushed version the current one: workers refuse older ones from then on. Callers: operator.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RollBackVersion(self, request, context):
+        """Goes back to the version that was current before, and lowers the floor to it. Callers: operator.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetHistory(self, request, context):
+        """Tells all versions of a model and what was done with them. Callers: operator.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RevokeSigningKey(self, request, context):
+        """Ends the trust in a key that signs models, for ever. Idempotent. Callers: operator.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetModelRules(self, request, context):
+        """What a worker must refuse, whoever signed it. Callers: prefill, decode, operator.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_RegistryServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -129,6 +201,36 @@ def add_RegistryServiceServicer_to_server(servicer, server):
                     servicer.DeleteModel,
                     request_deserializer=inferflux_dot_v1_dot_registry__service__pb2.DeleteModelRequest.FromString,
                     response_serializer=inferflux_dot_v1_dot_registry__service__pb2.DeleteModelResponse.SerializeToString,
+            ),
+            'PushVersion': grpc.unary_unary_rpc_method_handler(
+                    servicer.PushVersion,
+                    request_deserializer=inferflux_dot_v1_dot_registry__service__pb2.PushVersionRequest.FromString,
+                    response_serializer=inferflux_dot_v1_dot_registry__service__pb2.PushVersionResponse.SerializeToString,
+            ),
+            'PromoteVersion': grpc.unary_unary_rpc_method_handler(
+                    servicer.PromoteVersion,
+                    request_deserializer=inferflux_dot_v1_dot_registry__service__pb2.PromoteVersionRequest.FromString,
+                    response_serializer=inferflux_dot_v1_dot_registry__service__pb2.PromoteVersionResponse.SerializeToString,
+            ),
+            'RollBackVersion': grpc.unary_unary_rpc_method_handler(
+                    servicer.RollBackVersion,
+                    request_deserializer=inferflux_dot_v1_dot_registry__service__pb2.RollBackVersionRequest.FromString,
+                    response_serializer=inferflux_dot_v1_dot_registry__service__pb2.RollBackVersionResponse.SerializeToString,
+            ),
+            'GetHistory': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetHistory,
+                    request_deserializer=inferflux_dot_v1_dot_registry__service__pb2.GetHistoryRequest.FromString,
+                    response_serializer=inferflux_dot_v1_dot_registry__service__pb2.GetHistoryResponse.SerializeToString,
+            ),
+            'RevokeSigningKey': grpc.unary_unary_rpc_method_handler(
+                    servicer.RevokeSigningKey,
+                    request_deserializer=inferflux_dot_v1_dot_registry__service__pb2.RevokeSigningKeyRequest.FromString,
+                    response_serializer=inferflux_dot_v1_dot_registry__service__pb2.RevokeSigningKeyResponse.SerializeToString,
+            ),
+            'GetModelRules': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetModelRules,
+                    request_deserializer=inferflux_dot_v1_dot_registry__service__pb2.GetModelRulesRequest.FromString,
+                    response_serializer=inferflux_dot_v1_dot_registry__service__pb2.GetModelRulesResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -267,6 +369,168 @@ class RegistryService:
             '/inferflux.v1.RegistryService/DeleteModel',
             inferflux_dot_v1_dot_registry__service__pb2.DeleteModelRequest.SerializeToString,
             inferflux_dot_v1_dot_registry__service__pb2.DeleteModelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PushVersion(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/inferflux.v1.RegistryService/PushVersion',
+            inferflux_dot_v1_dot_registry__service__pb2.PushVersionRequest.SerializeToString,
+            inferflux_dot_v1_dot_registry__service__pb2.PushVersionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PromoteVersion(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/inferflux.v1.RegistryService/PromoteVersion',
+            inferflux_dot_v1_dot_registry__service__pb2.PromoteVersionRequest.SerializeToString,
+            inferflux_dot_v1_dot_registry__service__pb2.PromoteVersionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RollBackVersion(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/inferflux.v1.RegistryService/RollBackVersion',
+            inferflux_dot_v1_dot_registry__service__pb2.RollBackVersionRequest.SerializeToString,
+            inferflux_dot_v1_dot_registry__service__pb2.RollBackVersionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetHistory(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/inferflux.v1.RegistryService/GetHistory',
+            inferflux_dot_v1_dot_registry__service__pb2.GetHistoryRequest.SerializeToString,
+            inferflux_dot_v1_dot_registry__service__pb2.GetHistoryResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RevokeSigningKey(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/inferflux.v1.RegistryService/RevokeSigningKey',
+            inferflux_dot_v1_dot_registry__service__pb2.RevokeSigningKeyRequest.SerializeToString,
+            inferflux_dot_v1_dot_registry__service__pb2.RevokeSigningKeyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetModelRules(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/inferflux.v1.RegistryService/GetModelRules',
+            inferflux_dot_v1_dot_registry__service__pb2.GetModelRulesRequest.SerializeToString,
+            inferflux_dot_v1_dot_registry__service__pb2.GetModelRulesResponse.FromString,
             options,
             channel_credentials,
             insecure,

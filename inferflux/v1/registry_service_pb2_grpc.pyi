@@ -45,6 +45,18 @@ class RegistryServiceStub:
     """Creates or replaces a model record. Callers: operator, gateway."""
     DeleteModel: _grpc.UnaryUnaryMultiCallable[_registry_service_pb2.DeleteModelRequest, _registry_service_pb2.DeleteModelResponse]
     """Removes a model record. Callers: operator, gateway."""
+    PushVersion: _grpc.UnaryUnaryMultiCallable[_registry_service_pb2.PushVersionRequest, _registry_service_pb2.PushVersionResponse]
+    """Makes a signed version of a model known. Idempotent. Callers: operator."""
+    PromoteVersion: _grpc.UnaryUnaryMultiCallable[_registry_service_pb2.PromoteVersionRequest, _registry_service_pb2.PromoteVersionResponse]
+    """Makes a pushed version the current one: workers refuse older ones from then on. Callers: operator."""
+    RollBackVersion: _grpc.UnaryUnaryMultiCallable[_registry_service_pb2.RollBackVersionRequest, _registry_service_pb2.RollBackVersionResponse]
+    """Goes back to the version that was current before, and lowers the floor to it. Callers: operator."""
+    GetHistory: _grpc.UnaryUnaryMultiCallable[_registry_service_pb2.GetHistoryRequest, _registry_service_pb2.GetHistoryResponse]
+    """Tells all versions of a model and what was done with them. Callers: operator."""
+    RevokeSigningKey: _grpc.UnaryUnaryMultiCallable[_registry_service_pb2.RevokeSigningKeyRequest, _registry_service_pb2.RevokeSigningKeyResponse]
+    """Ends the trust in a key that signs models, for ever. Idempotent. Callers: operator."""
+    GetModelRules: _grpc.UnaryUnaryMultiCallable[_registry_service_pb2.GetModelRulesRequest, _registry_service_pb2.GetModelRulesResponse]
+    """What a worker must refuse, whoever signed it. Callers: prefill, decode, operator."""
 
 @_typing.type_check_only
 class RegistryServiceAsyncStub(RegistryServiceStub):
@@ -63,6 +75,18 @@ class RegistryServiceAsyncStub(RegistryServiceStub):
     """Creates or replaces a model record. Callers: operator, gateway."""
     DeleteModel: _aio.UnaryUnaryMultiCallable[_registry_service_pb2.DeleteModelRequest, _registry_service_pb2.DeleteModelResponse]  # type: ignore[assignment]
     """Removes a model record. Callers: operator, gateway."""
+    PushVersion: _aio.UnaryUnaryMultiCallable[_registry_service_pb2.PushVersionRequest, _registry_service_pb2.PushVersionResponse]  # type: ignore[assignment]
+    """Makes a signed version of a model known. Idempotent. Callers: operator."""
+    PromoteVersion: _aio.UnaryUnaryMultiCallable[_registry_service_pb2.PromoteVersionRequest, _registry_service_pb2.PromoteVersionResponse]  # type: ignore[assignment]
+    """Makes a pushed version the current one: workers refuse older ones from then on. Callers: operator."""
+    RollBackVersion: _aio.UnaryUnaryMultiCallable[_registry_service_pb2.RollBackVersionRequest, _registry_service_pb2.RollBackVersionResponse]  # type: ignore[assignment]
+    """Goes back to the version that was current before, and lowers the floor to it. Callers: operator."""
+    GetHistory: _aio.UnaryUnaryMultiCallable[_registry_service_pb2.GetHistoryRequest, _registry_service_pb2.GetHistoryResponse]  # type: ignore[assignment]
+    """Tells all versions of a model and what was done with them. Callers: operator."""
+    RevokeSigningKey: _aio.UnaryUnaryMultiCallable[_registry_service_pb2.RevokeSigningKeyRequest, _registry_service_pb2.RevokeSigningKeyResponse]  # type: ignore[assignment]
+    """Ends the trust in a key that signs models, for ever. Idempotent. Callers: operator."""
+    GetModelRules: _aio.UnaryUnaryMultiCallable[_registry_service_pb2.GetModelRulesRequest, _registry_service_pb2.GetModelRulesResponse]  # type: ignore[assignment]
+    """What a worker must refuse, whoever signed it. Callers: prefill, decode, operator."""
 
 class RegistryServiceServicer(metaclass=_abc_1.ABCMeta):
     """Workers and models, pushed to gateways as snapshots."""
@@ -108,5 +132,53 @@ class RegistryServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_registry_service_pb2.DeleteModelResponse, _abc.Awaitable[_registry_service_pb2.DeleteModelResponse]]:
         """Removes a model record. Callers: operator, gateway."""
+
+    @_abc_1.abstractmethod
+    def PushVersion(
+        self,
+        request: _registry_service_pb2.PushVersionRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_registry_service_pb2.PushVersionResponse, _abc.Awaitable[_registry_service_pb2.PushVersionResponse]]:
+        """Makes a signed version of a model known. Idempotent. Callers: operator."""
+
+    @_abc_1.abstractmethod
+    def PromoteVersion(
+        self,
+        request: _registry_service_pb2.PromoteVersionRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_registry_service_pb2.PromoteVersionResponse, _abc.Awaitable[_registry_service_pb2.PromoteVersionResponse]]:
+        """Makes a pushed version the current one: workers refuse older ones from then on. Callers: operator."""
+
+    @_abc_1.abstractmethod
+    def RollBackVersion(
+        self,
+        request: _registry_service_pb2.RollBackVersionRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_registry_service_pb2.RollBackVersionResponse, _abc.Awaitable[_registry_service_pb2.RollBackVersionResponse]]:
+        """Goes back to the version that was current before, and lowers the floor to it. Callers: operator."""
+
+    @_abc_1.abstractmethod
+    def GetHistory(
+        self,
+        request: _registry_service_pb2.GetHistoryRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_registry_service_pb2.GetHistoryResponse, _abc.Awaitable[_registry_service_pb2.GetHistoryResponse]]:
+        """Tells all versions of a model and what was done with them. Callers: operator."""
+
+    @_abc_1.abstractmethod
+    def RevokeSigningKey(
+        self,
+        request: _registry_service_pb2.RevokeSigningKeyRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_registry_service_pb2.RevokeSigningKeyResponse, _abc.Awaitable[_registry_service_pb2.RevokeSigningKeyResponse]]:
+        """Ends the trust in a key that signs models, for ever. Idempotent. Callers: operator."""
+
+    @_abc_1.abstractmethod
+    def GetModelRules(
+        self,
+        request: _registry_service_pb2.GetModelRulesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_registry_service_pb2.GetModelRulesResponse, _abc.Awaitable[_registry_service_pb2.GetModelRulesResponse]]:
+        """What a worker must refuse, whoever signed it. Callers: prefill, decode, operator."""
 
 def add_RegistryServiceServicer_to_server(servicer: RegistryServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -1,10 +1,11 @@
 """A worker process from start to end; the roles differ in a `Part`.
 
 1. prepare: create the arena; no loop, no threads yet
-2. start: the engine (it may fork), then the gRPC server: whoever has threads must not fork
-3. prove: the engine's numerics, registered as starting; a mismatch keeps the worker up, failed and out of its pool
-4. serve: until a drain begins
-5. drain: announced to the registry; running requests finish, tickets run out, within a budget
+2. verify: the model's files; one that is refused keeps the worker up, failed and out of its pool
+3. start: the engine (it may fork), then the gRPC server: whoever has threads must not fork
+4. prove: the engine's numerics, registered as starting; a mismatch keeps the worker up, failed and out of its pool
+5. serve: until a drain begins
+6. drain: announced to the registry; running requests finish, tickets run out, within a budget
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import grpc
@@ -24,7 +27,7 @@ from inferflux.clock import SystemClock, until_tick
 from inferflux.config import load
 from inferflux.engine import create
 from inferflux.engine.base import EngineInfo
-from inferflux.errors import ConfigError, NumericsMismatch, WorkerLost
+from inferflux.errors import ConfigError, ModelRefused, NumericsMismatch, WorkerLost
 from inferflux.kv import nixl
 from inferflux.kv.arena import Arena
 from inferflux.kv.nixl import NixlServer
@@ -43,10 +46,11 @@ from inferflux.worker.claims import Claims
 from inferflux.worker.drain import Drain
 from inferflux.worker.ledger import Ledger, measure
 from inferflux.worker.meter import Meter
+from inferflux.worker.model import LoadableModel, open_model
 from inferflux.worker.paths import Paths
 from inferflux.worker.prefixes import PrefixTally
 from inferflux.worker.progress import Progress
-from inferflux.worker.registration import Registration
+from inferflux.worker.registration import MakeRequest, Registration, refused_request, worker_request
 from inferflux.worker.settings import WorkerSettings
 from inferflux.worker.work import Work
 from inferflux.worker.worker import Worker
@@ -112,8 +116,16 @@ class WorkerProcess:
     async def serve(self, lifecycle: Lifecycle) -> None:
         """Serve until drained."""
         identity = Identity.load(self._settings.pki_dir, self._role)
+        try:
+            async with open_model(self._settings, self._role) as model:
+                await self._serve_model(lifecycle, identity, model)
+        except ModelRefused as e:
+            lifecycle.set_failed(e.message)
+            await self._stay_refused(lifecycle, identity)
+
+    async def _serve_model(self, lifecycle: Lifecycle, identity: Identity, model: LoadableModel) -> None:
         ticket_key = _read_secret(self._settings, "ticket.key")
-        async with self._worker(lifecycle, identity, ticket_key) as worker, Tasks() as tasks:
+        async with self._worker(lifecycle, identity, ticket_key, model) as worker, Tasks() as tasks:
             part = self._make_part(worker, tasks)
             server = RpcServer(identity, self._settings.bind, {**admin.CALLERS, **part.callers})
             add_WorkerAdminServiceServicer_to_server(admin.AdminServicer(worker, part.ledger), server.grpc)
@@ -124,7 +136,8 @@ class WorkerProcess:
             try:
                 tasks.spawn(part.run(), "part")
                 tasks.spawn(_guard(worker), "engine-watch")
-                async with _registered(worker, address, identity, tasks) as announce:
+                request = partial(worker_request, worker, address)
+                async with _registered(self._settings, lifecycle, request, identity, tasks) as announce:
                     await _prove(worker)
                     announce()
                     await lifecycle.draining.wait()
@@ -134,17 +147,28 @@ class WorkerProcess:
             finally:
                 await server.stop(STOP_GRACE_S)
 
+    async def _stay_refused(self, lifecycle: Lifecycle, identity: Identity) -> None:
+        """Stay up without an engine, registered as failed, so that the reason can be read; until drained."""
+        async with Tasks() as tasks:
+            request = partial(refused_request, self._role, self._settings, lifecycle)
+            async with _registered(self._settings, lifecycle, request, identity, tasks):
+                await lifecycle.draining.wait()
+
     @asynccontextmanager
-    async def _worker(self, lifecycle: Lifecycle, identity: Identity, ticket_key: bytes) -> AsyncIterator[Worker]:
+    async def _worker(
+        self, lifecycle: Lifecycle, identity: Identity, ticket_key: bytes, model: LoadableModel
+    ) -> AsyncIterator[Worker]:
         """Start the engine and what its blocks need; close everything at the end."""
         tally = PrefixTally()
         prefixes = self._prefix_store(lifecycle, tally)
-        engine = create(self._settings.engine, self._settings.engine_options(self._role), self._arena, prefixes)
+        engine = create(self._settings.engine, self._settings.engine_options(self._role, model), self._arena, prefixes)
         async with AsyncExitStack() as stack:
             if self._arena is not None:
                 stack.callback(self._arena.close)
             stack.push_async_callback(engine.close)
             info = await engine.start()
+            await model.check_unchanged()
+            info = replace(info, capabilities=model.capable_of(info.capabilities))
             book, nixl_server = await self._serve_arena(lifecycle, info, ticket_key, prefixes, stack)
             _log_transports(self._settings.transports)
             yield Worker(
@@ -157,6 +181,7 @@ class WorkerProcess:
                 drain=Drain(lifecycle, self._settings.drain_budget_s),
                 host_id=host_id(),
                 ticket_key=ticket_key,
+                model=model,
                 progress=Progress(SystemClock(), self._settings.wedge_s),
                 meter=Meter(SystemClock()),
                 arena=self._arena,
@@ -224,14 +249,14 @@ class WorkerProcess:
 
 @asynccontextmanager
 async def _registered(
-    worker: Worker, address: str, identity: Identity, tasks: Tasks
+    settings: WorkerSettings, lifecycle: Lifecycle, request: MakeRequest, identity: Identity, tasks: Tasks
 ) -> AsyncIterator[Callable[[], None]]:
     """Keep the worker registered inside the block; gives the function that announces a change of state."""
-    if not worker.settings.registry_address:
+    if not settings.registry_address:
         yield lambda: None
         return
-    async with open_channel(worker.settings.registry_address, identity, "registry") as channel:
-        registration = Registration(worker, address, channel)
+    async with open_channel(settings.registry_address, identity, "registry") as channel:
+        registration = Registration(request, lifecycle, channel)
         task = tasks.spawn(registration.run(), "registration")
         try:
             yield registration.announce

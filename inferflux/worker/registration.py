@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
@@ -14,10 +15,12 @@ import grpc
 
 from inferflux.clock import until_tick
 from inferflux.errors import InferfluxError
+from inferflux.lifecycle import Lifecycle
 from inferflux.rpc.client import translated_errors
-from inferflux.types import ROLE_TO_PROTO, STATE_TO_PROTO
+from inferflux.types import ROLE_TO_PROTO, STATE_TO_PROTO, Role, State
 from inferflux.v1 import registry_service_pb2 as pb
 from inferflux.v1.registry_service_pb2_grpc import RegistryServiceStub
+from inferflux.worker.settings import WorkerSettings
 from inferflux.worker.worker import Worker
 
 if TYPE_CHECKING:
@@ -25,15 +28,16 @@ if TYPE_CHECKING:
 
 PERIOD_S = 1.0
 TIMEOUT_S = 1.0
+MakeRequest = Callable[[], pb.RegisterWorkerRequest]
 _log = logging.getLogger(__name__)
 
 
 class Registration:
     """Keeps a worker registered. `run` once, as a task."""
 
-    def __init__(self, worker: Worker, address: str, channel: grpc.aio.Channel) -> None:
-        self._worker = worker
-        self._address = address
+    def __init__(self, request: MakeRequest, lifecycle: Lifecycle, channel: grpc.aio.Channel) -> None:
+        self._request = request
+        self._lifecycle = lifecycle
         self._stub: RegistryServiceAsyncStub = RegistryServiceStub(channel)
         self._is_known = False
         self._changed = asyncio.Event()
@@ -53,7 +57,7 @@ class Registration:
 
     async def leave(self) -> None:
         """Take the worker out, if the registry answers."""
-        lifecycle = self._worker.lifecycle
+        lifecycle = self._lifecycle
         request = pb.DeregisterWorkerRequest(worker_id=lifecycle.instance_id, incarnation=lifecycle.incarnation)
         with suppress(InferfluxError), translated_errors():
             await self._stub.DeregisterWorker(request, timeout=TIMEOUT_S)
@@ -78,28 +82,47 @@ class Registration:
             level = logging.INFO if is_known else logging.WARNING
             _log.log(level, "registered" if is_known else "registry lost", extra={"reason": reason})
 
-    def _request(self) -> pb.RegisterWorkerRequest:
-        worker, info = self._worker, self._worker.info
-        record = pb.WorkerRecord(
-            worker_id=worker.lifecycle.instance_id,
-            incarnation=worker.lifecycle.incarnation,
-            role=ROLE_TO_PROTO[worker.role],
-            model=info.model,
-            address=self._address,
-            state=STATE_TO_PROTO[worker.state],
-            reason=worker.lifecycle.readiness().reason,
-            fingerprint=info.fingerprint.to_proto(),
-            host_id=worker.host_id,
-            engine=info.name,
-            max_model_len=info.max_model_len,
-            max_num_seqs=info.max_num_seqs,
-            transports=worker.settings.transports,
-        )
-        model = pb.ModelRecord(
-            name=info.model,
-            digest=info.fingerprint.weights_digest,
-            dtype=info.fingerprint.dtype,
-            max_model_len=info.max_model_len,
-            capabilities=info.capabilities,
-        )
-        return pb.RegisterWorkerRequest(worker=record, model=model)
+
+def worker_request(worker: Worker, address: str) -> pb.RegisterWorkerRequest:
+    """Say what a worker with a running engine is."""
+    info = worker.info
+    record = pb.WorkerRecord(
+        worker_id=worker.lifecycle.instance_id,
+        incarnation=worker.lifecycle.incarnation,
+        role=ROLE_TO_PROTO[worker.role],
+        model=info.model,
+        address=address,
+        state=STATE_TO_PROTO[worker.state],
+        reason=worker.lifecycle.readiness().reason,
+        fingerprint=info.fingerprint.to_proto(),
+        host_id=worker.host_id,
+        engine=info.name,
+        max_model_len=info.max_model_len,
+        max_num_seqs=info.max_num_seqs,
+        transports=worker.settings.transports,
+    )
+    model = pb.ModelRecord(
+        name=info.model,
+        digest=info.fingerprint.weights_digest,
+        dtype=info.fingerprint.dtype,
+        max_model_len=info.max_model_len,
+        capabilities=info.capabilities,
+        version=worker.model.version,
+        signed_by=worker.model.signed_by,
+    )
+    return pb.RegisterWorkerRequest(worker=record, model=model)
+
+
+def refused_request(role: Role, settings: WorkerSettings, lifecycle: Lifecycle) -> pb.RegisterWorkerRequest:
+    """Say of a worker without an engine why it has none. It never takes requests."""
+    record = pb.WorkerRecord(
+        worker_id=lifecycle.instance_id,
+        incarnation=lifecycle.incarnation,
+        role=ROLE_TO_PROTO[role],
+        model=settings.model,
+        address=settings.bind,
+        state=STATE_TO_PROTO[State.FAILED],
+        reason=lifecycle.reason,
+        engine=settings.engine,
+    )
+    return pb.RegisterWorkerRequest(worker=record, model=pb.ModelRecord(name=settings.model))

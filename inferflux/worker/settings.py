@@ -7,12 +7,16 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from inferflux.config import CommonSettings
 from inferflux.engine.options import MIB, EngineOptions, Parallelism
 from inferflux.kv import nixl
+from inferflux.models.rules import SignaturePolicy
 from inferflux.types import Role, Transport
+
+if TYPE_CHECKING:
+    from inferflux.worker.model import LoadableModel
 
 # Real steps can take seconds (a long prompt on a CPU), simulated ones take milliseconds.
 WEDGED_AFTER_S = {"vllm": 30.0, "sim": 2.0}
@@ -30,6 +34,11 @@ class WorkerSettings(CommonSettings):
     """Hugging Face folder of the model; vllm needs it."""
     model_digest: str = ""
     """SHA-256 over the model's files, lower-case hex; workers share KV only when theirs are equal."""
+    model_signature: SignaturePolicy = SignaturePolicy.WARN
+    """What happens to a model that is not signed, or not as it was signed: require refuses it, warn loads it all the
+    same, off does not look."""
+    model_keys_dir: Path = Path()
+    """Public keys (*.pub) and root certificates (*.crt) that may sign models; default home/model-keys."""
     dtype: str = "auto"
     """auto, float32, bfloat16 or float16."""
     kv_cache_bytes: int = 512 * MIB
@@ -79,6 +88,8 @@ class WorkerSettings(CommonSettings):
         super().__post_init__()
         if not self.bind:
             object.__setattr__(self, "bind", f"unix:{self.run_dir / self.instance_id}.sock")
+        if self.model_keys_dir == Path():
+            object.__setattr__(self, "model_keys_dir", self.home / "model-keys")
         if self.wedge_s <= 0:
             object.__setattr__(self, "wedge_s", WEDGED_AFTER_S[self.engine])
         if self.engine == "vllm" and self.model_dir is None:
@@ -124,13 +135,13 @@ class WorkerSettings(CommonSettings):
         """Where a prefill worker hands its arena to readers."""
         return self.run_dir / f"{self.instance_id}.arena.sock"
 
-    def engine_options(self, role: Role) -> EngineOptions:
-        """The engine's share of the settings."""
+    def engine_options(self, role: Role, model: LoadableModel) -> EngineOptions:
+        """The engine's share of the settings, and the model that may be loaded."""
         return EngineOptions(
             model=self.model,
             role=role,
-            model_dir=self.model_dir,
-            model_digest=self.model_digest,
+            model_dir=model.folder,
+            model_digest=model.digest,
             dtype=self.dtype,
             kv_cache_bytes=self.kv_cache_bytes,
             max_model_len=self.max_model_len,
@@ -139,7 +150,7 @@ class WorkerSettings(CommonSettings):
             threads=self.threads,
             cpu_cores=parse_cores(self.cpu_cores),
             parallelism=self.parallelism,
-            numerics_reference=self.numerics_reference,
+            numerics_reference=model.numerics_reference,
             sim_profile=self.sim_profile,
         )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from inferflux.engine.base import Engine, EngineInfo
 from inferflux.kv.arena import Arena
@@ -17,6 +17,7 @@ from inferflux.worker.claims import Claims
 from inferflux.worker.drain import Drain
 from inferflux.worker.eta import left_s
 from inferflux.worker.meter import Meter
+from inferflux.worker.model import LoadableModel
 from inferflux.worker.paths import Paths
 from inferflux.worker.prefixes import PrefixTally
 from inferflux.worker.progress import Progress
@@ -50,6 +51,7 @@ class Worker:
     claims: Claims | None = None
     prefixes: PrefixStore | None = None
     tally: PrefixTally | None = None
+    model: LoadableModel = field(default_factory=LoadableModel)
 
     @property
     def state(self) -> State:

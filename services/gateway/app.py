@@ -197,6 +197,9 @@ def _model(model: Model) -> dict[str, Any]:
         "digest": model.digest,
         "capabilities": list(model.capabilities),
         "is_default": model.is_default,
+        "version": model.version or None,
+        "signed_by": model.signed_by or None,
+        "failed_workers": [{"id": worker.worker_id, "reason": worker.reason} for worker in model.failed_workers],
     }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterable
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
@@ -18,12 +18,13 @@ from inferflux.telemetry import metrics
 from inferflux.types import ROLE_FROM_PROTO, STATE_FROM_PROTO, ModelFingerprint
 from inferflux.v1 import policy_service_pb2 as policy_pb
 from inferflux.v1 import registry_service_pb2 as registry_pb
+from inferflux.v1 import types_pb2
 from inferflux.v1.policy_service_pb2_grpc import PolicyServiceStub
 from inferflux.v1.registry_service_pb2_grpc import RegistryServiceStub
 from services.gateway.auth import Key, KeyRing, Principal, cache_salt
 from services.gateway.endpoints import Scope
 from services.gateway.policy import Compiler, Policies, Source
-from services.gateway.views import ClusterView, Model, Worker
+from services.gateway.views import ClusterView, FailedWorker, Model, Worker
 
 ADMIN_TIMEOUT_S = 5.0
 _log = logging.getLogger(__name__)
@@ -220,7 +221,7 @@ def _to_view(snapshot: registry_pb.RegistrySnapshot) -> ClusterView:
     return ClusterView(
         revision=snapshot.revision,
         workers=tuple(_to_worker(record) for record in known),
-        models=tuple(_to_model(record) for record in snapshot.models),
+        models=tuple(_to_model(record, snapshot.workers) for record in snapshot.models),
     )
 
 
@@ -239,7 +240,8 @@ def _to_worker(record: registry_pb.WorkerRecord) -> Worker:
     )
 
 
-def _to_model(record: registry_pb.ModelRecord) -> Model:
+def _to_model(record: registry_pb.ModelRecord, workers: Iterable[registry_pb.WorkerRecord]) -> Model:
+    failed = (w for w in workers if w.model == record.name and w.state == types_pb2.WORKER_STATE_FAILED)
     return Model(
         name=record.name,
         digest=record.digest,
@@ -248,4 +250,7 @@ def _to_model(record: registry_pb.ModelRecord) -> Model:
         capabilities=tuple(record.capabilities),
         created_at=record.created_at.ToSeconds(),
         is_default=record.is_default,
+        version=record.version,
+        signed_by=record.signed_by,
+        failed_workers=tuple(FailedWorker(worker.worker_id, worker.reason) for worker in failed),
     )

@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from inferflux.errors import BodyTooLarge, InvalidRequest, RequestTimeout
-from services.gateway import bounds, media, strict_json
+from services.gateway import bounds, capabilities, media, strict_json
 from services.gateway.asgi import ClientGone, Headers, Receive
 from services.gateway.bounds import Price
+from services.gateway.capabilities import Wants
 
 MAX_MODEL_NAME = 256
 # A body must keep arriving at this rate after the grace time; a phone on a bad link sends faster.
@@ -38,6 +39,7 @@ class Envelope:
 
     model: str | None = None
     price: Price = field(default_factory=Price)
+    wants: Wants = field(default_factory=Wants)
 
 
 async def read_body(receive: Receive, headers: Headers, limits: BodyLimits) -> bytes:
@@ -86,7 +88,7 @@ def parse(body: bytes, limits: BodyLimits) -> Envelope:
     if document.get("cache_salt") is not None:
         raise InvalidRequest("cache_salt is not a client's to choose: caches are a tenant's own", param="cache_salt")
     media.refuse_addresses(body, document)
-    return Envelope(model, bounds.price(document, limits.max_sequences))
+    return Envelope(model, bounds.price(document, limits.max_sequences), capabilities.read(document))
 
 
 def parse_object(body: bytes, limits: BodyLimits) -> dict[str, Any]:

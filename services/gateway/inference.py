@@ -18,7 +18,7 @@ from inferflux.errors import Draining, InferfluxError, InvalidRequest, Unavailab
 from inferflux.telemetry import logs, metrics, tracing
 from inferflux.telemetry.logs import LineLog
 from inferflux.v1 import types_pb2
-from services.gateway import envelope, failures, flow
+from services.gateway import capabilities, envelope, failures, flow
 from services.gateway.account import ROLE, Account
 from services.gateway.asgi import WRITE_NOW, AsgiScope, ClientGone, Headers, RawHeaders, Receive, Send, header_map
 from services.gateway.audited import Audit
@@ -123,13 +123,15 @@ class Inference:
         deadline_at = arrived_at + self._timeout_s(headers)
         account.body = body = await envelope.read_body(receive, headers, self.limits)
         known = envelope.parse(body, self.limits)
+        model = self.pool.resolve(known.model, principal.allowance)
+        capabilities.require(self.pool.record(model), endpoint.path, known.wants)
         with tracing.start_span("request", headers.get(b"traceparent", b"").decode("latin-1")) as span:
             account.call = call = Call(
                 request_id=account.request_id,
                 endpoint=endpoint,
                 principal=principal,
                 policy=policy,
-                model=self.pool.resolve(known.model, principal.allowance),
+                model=model,
                 http=_http_call(endpoint, scope, headers, body),
                 received_at=asyncio.get_running_loop().time(),
                 deadline_at=deadline_at,

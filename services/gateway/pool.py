@@ -143,6 +143,10 @@ class Pool:
         """Known models that may be used. Raises Unavailable as long as the registry was never heard."""
         return tuple(model for model in self._known().models if allowance.permits(model.name))
 
+    def record(self, name: str) -> Model | None:
+        """What the registry says of a model; None when it says nothing. Raises as `models`."""
+        return next((model for model in self.models() if model.name == name), None)
+
     def _known(self) -> ClusterView:
         if self._view is None:
             raise Unavailable("the gateway has not heard the registry yet", retry_after_s=1)

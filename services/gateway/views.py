@@ -29,8 +29,19 @@ class Worker:
 
 
 @dataclass(frozen=True, slots=True)
+class FailedWorker:
+    """A worker that could not load its model, or not prove it."""
+
+    worker_id: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Model:
-    """One model as clients see it. `created_at`: seconds since the epoch."""
+    """One model as clients see it. `created_at`: seconds since the epoch. No `capabilities`: they are not known.
+
+    `version` 0 and no `signed_by`: its signature was not verified.
+    """
 
     name: str
     digest: str
@@ -39,6 +50,9 @@ class Model:
     capabilities: tuple[str, ...]
     created_at: int
     is_default: bool
+    version: int = 0
+    signed_by: str = ""
+    failed_workers: tuple[FailedWorker, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

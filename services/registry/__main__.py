@@ -71,7 +71,7 @@ async def serve(settings: Settings, lifecycle: Lifecycle) -> None:
     server = RpcServer(identity, settings.bind, {**CALLERS, **pools.CALLERS})
     async with RegistryStore(settings.redis_url) as store, AsyncExitStack() as stack, Tasks() as tasks:
         directory = Directory(store, SystemClock(), lifecycle.incarnation, settings.lease_s)
-        add_RegistryServiceServicer_to_server(RegistryServicer(directory), server.grpc)
+        add_RegistryServiceServicer_to_server(RegistryServicer(directory, store), server.grpc)
         planner_store = await stack.enter_async_context(PlannerStore(settings.redis_url))
         specs = Specs(planner_store, settings.pools_file)
         workers = directory.leases.workers

@@ -20,6 +20,7 @@ from inferflux.clock import Clock, until_tick
 from inferflux.errors import Conflict, InvalidRequest, Unavailable
 from inferflux.feed import Feed
 from inferflux.telemetry.metrics import SNAPSHOT_REVISION, STORE_UP
+from inferflux.types import State
 from services.registry.leases import LeaseTable
 from services.registry.models import Model, ModelBook
 from services.registry.roster import Roster
@@ -75,7 +76,8 @@ class Directory:
         """Take a worker in or renew its lease. Raises Conflict for an incarnation that is over."""
         known = self.leases.find(worker.worker_id)
         self.leases.renew(worker)
-        is_new = known is None or known.incarnation != worker.incarnation
+        # What a worker could not load says nothing of the model that others serve.
+        is_new = worker.state is not State.FAILED and (known is None or known.incarnation != worker.incarnation)
         if is_new or model.name not in self._models().models:
             self._unsaved[model.name] = replace(model, created_at_ms=self.now_ms())
             self._changed.set()

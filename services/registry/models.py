@@ -28,6 +28,8 @@ class Model:
     created_at_ms: int = 0
     is_default: bool = False
     is_pinned: bool = False
+    version: int = 0
+    signed_by: str = ""
 
     def __post_init__(self) -> None:
         if not NAME.fullmatch(self.name):

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import logging
 from collections.abc import AsyncIterator
 from datetime import timedelta
@@ -19,6 +20,8 @@ from inferflux.v1 import registry_service_pb2 as pb
 from inferflux.v1.registry_service_pb2_grpc import RegistryServiceServicer
 from services.registry.directory import Content, Directory
 from services.registry.models import Model
+from services.registry.releases import Release, Version, is_key_id
+from services.registry.store import RegistryStore
 from services.registry.workers import Worker
 
 log = logging.getLogger(__name__)
@@ -26,12 +29,19 @@ log = logging.getLogger(__name__)
 SERVICE = "/inferflux.v1.RegistryService/"
 WORKERS = frozenset({"prefill", "decode"})
 ADMINISTRATORS = frozenset({"operator", "gateway"})
+OPERATOR = frozenset({"operator"})
 CALLERS = {
     SERVICE + "RegisterWorker": WORKERS,
     SERVICE + "DeregisterWorker": WORKERS,
     SERVICE + "WatchSnapshot": frozenset({"gateway"}),
     SERVICE + "PutModel": ADMINISTRATORS,
     SERVICE + "DeleteModel": ADMINISTRATORS,
+    SERVICE + "PushVersion": OPERATOR,
+    SERVICE + "PromoteVersion": OPERATOR,
+    SERVICE + "RollBackVersion": OPERATOR,
+    SERVICE + "GetHistory": OPERATOR,
+    SERVICE + "RevokeSigningKey": OPERATOR,
+    SERVICE + "GetModelRules": WORKERS | OPERATOR,
 }
 COALESCE_S = 0.02
 """Shortest time between two snapshots on one watch: a cluster that starts is a few messages, not one per worker."""
@@ -42,8 +52,9 @@ Context = grpc.aio.ServicerContext[Any, Any]
 class RegistryServicer(RegistryServiceServicer):
     """Callers are authorised by the server (see CALLERS) before anything here runs."""
 
-    def __init__(self, directory: Directory) -> None:
+    def __init__(self, directory: Directory, store: RegistryStore) -> None:
         self._directory = directory
+        self._store = store
         self._snapshot = pb.RegistrySnapshot()
 
     async def RegisterWorker(self, request: pb.RegisterWorkerRequest, context: Context) -> pb.RegisterWorkerResponse:
@@ -83,6 +94,45 @@ class RegistryServicer(RegistryServiceServicer):
         revision = await self._directory.delete_model(request.name)
         log.info("model deleted", extra={"model": request.name, "revision": revision})
         return pb.DeleteModelResponse(revision=revision)
+
+    async def PushVersion(self, request: pb.PushVersionRequest, context: Context) -> pb.PushVersionResponse:
+        pushed = request.version
+        name, version = Version.make(pushed.key_id, pushed.source, pushed.manifest, pushed.signature)
+        if (name, version.version) != (pushed.model, pushed.version):
+            raise InvalidRequest("the manifest is about another model or version", param="manifest")
+        await self._store.edit_release(name, lambda release: release.push(version, self._directory.now_ms()))
+        _log_release("push", name, version.version)
+        return pb.PushVersionResponse()
+
+    async def PromoteVersion(self, request: pb.PromoteVersionRequest, context: Context) -> pb.PromoteVersionResponse:
+        release = await self._store.edit_release(
+            request.model, lambda release: release.promote(request.version, self._directory.now_ms())
+        )
+        _log_release("promote", request.model, release.current)
+        return pb.PromoteVersionResponse(floor=release.floor)
+
+    async def RollBackVersion(self, request: pb.RollBackVersionRequest, context: Context) -> pb.RollBackVersionResponse:
+        release = await self._store.edit_release(
+            request.model, lambda release: release.roll_back(self._directory.now_ms())
+        )
+        _log_release("rollback", request.model, release.current)
+        return pb.RollBackVersionResponse(version=release.current)
+
+    async def GetHistory(self, request: pb.GetHistoryRequest, context: Context) -> pb.GetHistoryResponse:
+        return _from_release(request.model, await self._store.release(request.model))
+
+    async def RevokeSigningKey(
+        self, request: pb.RevokeSigningKeyRequest, context: Context
+    ) -> pb.RevokeSigningKeyResponse:
+        if not is_key_id(request.key_id):
+            raise InvalidRequest("key_id must be a SHA-256 in lower-case hex", param="key_id")
+        await self._store.revoke_key(request.key_id)
+        log.warning("signing key revoked", extra={"key_id": request.key_id})
+        return pb.RevokeSigningKeyResponse()
+
+    async def GetModelRules(self, request: pb.GetModelRulesRequest, context: Context) -> pb.GetModelRulesResponse:
+        release, revoked, revision = await self._store.rules(request.model)
+        return pb.GetModelRulesResponse(floor=release.floor, revoked_key_ids=sorted(revoked), revision=revision)
 
     def _to_snapshot(self, revision: int, content: Content) -> pb.RegistrySnapshot:
         """Convert a version once for all watchers."""
@@ -146,6 +196,8 @@ def _to_model(record: pb.ModelRecord) -> Model:
         capabilities=tuple(record.capabilities),
         created_at_ms=record.created_at.ToMilliseconds() if record.HasField("created_at") else 0,
         is_default=record.is_default,
+        version=record.version,
+        signed_by=record.signed_by,
     )
 
 
@@ -157,6 +209,31 @@ def _from_model(model: Model) -> pb.ModelRecord:
         max_model_len=model.max_model_len,
         capabilities=model.capabilities,
         is_default=model.is_default,
+        version=model.version,
+        signed_by=model.signed_by,
     )
     record.created_at.FromMilliseconds(model.created_at_ms)
     return record
+
+
+def _from_release(model: str, release: Release) -> pb.GetHistoryResponse:
+    """Convert all versions of a model."""
+    response = pb.GetHistoryResponse(current=release.current, floor=release.floor)
+    for version in release.versions:
+        record = response.versions.add(
+            model=model,
+            version=version.version,
+            weights_digest=version.weights_digest,
+            key_id=version.key_id,
+            source=version.source,
+            manifest=base64.b64decode(version.manifest),
+            signature=base64.b64decode(version.signature),
+        )
+        record.pushed_at.FromMilliseconds(version.pushed_at_ms)
+    for event in release.events:
+        response.events.add(action=event.action, version=event.version).at.FromMilliseconds(event.at_ms)
+    return response
+
+
+def _log_release(action: str, model: str, version: int) -> None:
+    log.info("model %s", action, extra={"model": model, "version": version})

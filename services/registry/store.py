@@ -1,8 +1,9 @@
 """The registry's Redis: model records, and a mirror of each replica's leases.
 
 Layout: `ifx:{registry}:revision` a number, `ifx:{registry}:models` a hash of records, `ifx:{registry}:rosters` a hash
-of one roster per replica. Models are written under WATCH and MULTI; a roster has one writer. Every failure of Redis,
-slow answers included, is Unavailable.
+of one roster per replica, `ifx:{registry}:releases` a hash of signed versions by model, `ifx:{registry}:revoked_keys` a
+set, `ifx:{registry}:rules:revision` a number. Models and releases are written under WATCH and MULTI; a roster has one
+writer. Every failure of Redis, slow answers included, is Unavailable.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError, WatchError
 
-from inferflux.errors import ConfigError, InvalidRequest, Unavailable
+from inferflux.errors import ConfigError, Internal, InvalidRequest, Unavailable
 from services.registry.models import Model, ModelBook
+from services.registry.releases import Release
 from services.registry.roster import Roster
 
 log = logging.getLogger(__name__)
@@ -28,6 +30,9 @@ log = logging.getLogger(__name__)
 REVISION = "ifx:{registry}:revision"
 MODELS = "ifx:{registry}:models"
 ROSTERS = "ifx:{registry}:rosters"
+RELEASES = "ifx:{registry}:releases"
+REVOKED_KEYS = "ifx:{registry}:revoked_keys"
+RULES_REVISION = "ifx:{registry}:rules:revision"
 CHANNEL = "ifx:{registry}:changes"
 
 ANSWER_TIMEOUT_S = 1.0
@@ -92,6 +97,39 @@ class RegistryStore:
                     except WatchError:  # another replica was faster
                         continue
 
+    async def release(self, name: str) -> Release:
+        """Return all versions of a model. Raises Unavailable."""
+        with unavailable():
+            return _decode_release(name, await self._redis.hget(RELEASES, name))
+
+    async def edit_release(self, name: str, edit: Callable[[Release], Release]) -> Release:
+        """Replace the versions of a model by what `edit` makes of them; see `update`. Raises Unavailable."""
+        with unavailable():
+            async with asyncio.timeout(UPDATE_TIMEOUT_S), self._redis.pipeline(transaction=True) as pipe:
+                while True:
+                    try:
+                        return await _try_edit_release(pipe, name, edit)
+                    except WatchError:  # somebody else was faster
+                        continue
+
+    async def revoke_key(self, key_id: str) -> None:
+        """End the trust in a signing key. Raises Unavailable."""
+        with unavailable():
+            async with self._redis.pipeline(transaction=True) as pipe:
+                pipe.sadd(REVOKED_KEYS, key_id)
+                pipe.incr(RULES_REVISION)
+                await pipe.execute()
+
+    async def rules(self, name: str) -> tuple[Release, frozenset[str], int]:
+        """Return the versions of a model, all revoked keys, and the revision of both. Raises Unavailable."""
+        with unavailable():
+            async with self._redis.pipeline(transaction=True) as pipe:
+                pipe.hget(RELEASES, name)
+                pipe.smembers(REVOKED_KEYS)
+                pipe.get(RULES_REVISION)
+                text, keys, revision = await pipe.execute()
+        return _decode_release(name, text), frozenset(keys), read_revision(revision)
+
     @asynccontextmanager
     async def subscribe(self) -> AsyncIterator[Callable[[float], Awaitable[None]]]:
         """Give a function that waits for the next write of any replica, at most so many seconds. Raises Unavailable."""
@@ -118,6 +156,28 @@ async def _try_update(pipe: Pipe, edit: Callable[[ModelBook], ModelBook]) -> Mod
         _write(pipe, stored, book)
     await pipe.execute()
     return book
+
+
+async def _try_edit_release(pipe: Pipe, name: str, edit: Callable[[Release], Release]) -> Release:
+    await pipe.watch(RELEASES)
+    stored = _decode_release(name, await pipe.hget(RELEASES, name))
+    release = edit(stored)
+    pipe.multi()
+    if release != stored:
+        pipe.hset(RELEASES, name, json.dumps(release.to_json()))
+        pipe.incr(RULES_REVISION)
+    await pipe.execute()
+    return release
+
+
+def _decode_release(name: str, text: str | None) -> Release:
+    """Read a release. One that can't be read is never taken for none: that would drop the floor."""
+    if text is None:
+        return Release()
+    try:
+        return Release.from_json(json.loads(text))
+    except (ValueError, KeyError, TypeError) as e:
+        raise Internal(f"the stored versions of model {name!r} cannot be read") from e
 
 
 def _write(pipe: Pipe, stored: ModelBook, book: ModelBook) -> None:

@@ -7,8 +7,10 @@ import time
 
 import pytest
 
-from inferflux.errors import ConfigError, NotFound, Unavailable
+from inferflux.errors import ConfigError, Internal, NotFound, Unavailable
+from inferflux.models.manifest import Manifest
 from services.registry.models import ModelBook
+from services.registry.releases import Release, Version
 from services.registry.roster import Roster
 from services.registry.store import RegistryStore
 from tests.support.redis_server import RedisServer, redis_binaries
@@ -132,6 +134,36 @@ async def test_a_server_that_is_gone_hangs_or_holds_other_types_is_unavailable(s
             await attempt
 
     assert time.perf_counter() - started_at < 5.0
+
+
+def pushing(number):
+    manifest = Manifest(name="m", version=number)
+    return lambda release: release.push(Version.make("ab" * 32, "", manifest.dump(), b"s")[1], NOW_MS)
+
+
+async def test_releases_and_revoked_keys_are_shared(store, replica):
+    """Concurrent pushes are all kept; whatever changes the rules raises their revision."""
+    assert await store.rules("m") == (Release(), frozenset(), 0)
+    await asyncio.gather(
+        *(s.edit_release("m", pushing(2 * n + i)) for n in range(1, 6) for i, s in ((0, store), (1, replica)))
+    )
+    promoted = await store.edit_release("m", lambda release: release.promote(5, NOW_MS))
+    await replica.revoke_key("cd" * 32)
+    release, revoked, revision = await replica.rules("m")
+
+    assert release == promoted == await replica.release("m")
+    assert [v.version for v in release.versions] == list(range(2, 12))
+    assert (release.floor, revoked, revision) == (5, frozenset({"cd" * 32}), 12)
+    await store.edit_release("m", lambda release: release.promote(5, NOW_MS))
+    assert (await store.rules("m"))[2] == revision
+
+
+async def test_a_broken_release_is_not_taken_for_none(store, server):
+    """The floor would be gone with it."""
+    server.command("HSET", "ifx:{registry}:releases", "m", "garbage")
+    for attempt in (store.release("m"), store.rules("m"), store.edit_release("m", pushing(1))):
+        with pytest.raises(Internal, match="'m'"):
+            await attempt
 
 
 def test_a_bad_url_is_a_configuration_error():

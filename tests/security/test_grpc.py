@@ -47,6 +47,9 @@ SERVICES = {
             "RegisterWorker": {"prefill", "decode"},
             "DeregisterWorker": {"prefill", "decode"},
             "WatchSnapshot": {"gateway"},
+            **{name: {"operator"} for name in ("PushVersion", "PromoteVersion", "RollBackVersion", "GetHistory")},
+            "RevokeSigningKey": {"operator"},
+            "GetModelRules": {"prefill", "decode", "operator"},
         },
     ),
     "PrefillService": (

@@ -62,7 +62,8 @@ def _command_line(options: EngineOptions, dtype: str) -> list[str]:
     line = ["--model", str(options.model_dir), "--served-model-name", options.model, "--dtype", dtype]
     # Eager: compiled mode computes wrong text on some CPUs and takes a minute to start.
     line += ["--enforce-eager", "--enable-prefix-caching", "--kv-cache-memory-bytes", str(options.kv_cache_bytes)]
-    line += ["--max-num-seqs", str(options.max_num_seqs)]
+    # Never anything else: other formats are pickles.
+    line += ["--max-num-seqs", str(options.max_num_seqs), "--load-format", "safetensors"]
     line += ["--enable-auto-tool-choice", "--tool-call-parser", "hermes", "--enable-prompt-tokens-details"]
     line += ["--disable-uvicorn-access-log", "--scheduling-policy", "priority"]
     # The gateway refuses media by address. Should one get here, it is of no domain that there is.

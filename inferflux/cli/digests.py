@@ -13,7 +13,9 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-NAME = "inferflux-manifest.json"
+from inferflux.models.manifest import weights_digest
+
+NAME = "digests.json"
 FORMAT = 1
 
 
@@ -35,7 +37,7 @@ class FileDigest:
 
 
 @dataclass(frozen=True, slots=True)
-class Manifest:
+class Digests:
     """Digests of a model folder's files, by name relative to the folder."""
 
     files: Mapping[str, FileDigest]
@@ -43,8 +45,7 @@ class Manifest:
     @property
     def weights_digest(self) -> str:
         """Digest over config.json and all weights, independent of where the folder lies."""
-        lines = [f"{name} {file.sha256}\n" for name, file in sorted(self.files.items()) if decides_kv(name)]
-        return hashlib.sha256("".join(lines).encode()).hexdigest()
+        return weights_digest({name: file.sha256 for name, file in self.files.items()})
 
     def is_fresh(self, folder: Path, names: Iterable[str]) -> bool:
         """Say whether `folder` holds exactly these files, unchanged."""
@@ -62,8 +63,8 @@ class Manifest:
         partial.replace(path)
 
     @classmethod
-    def load(cls, path: Path) -> Manifest | None:
-        """Read a manifest; None when there is none or it can't be used."""
+    def load(cls, path: Path) -> Digests | None:
+        """Read digests; None when there is none or it can't be used."""
         try:
             document = json.loads(path.read_text())
             files = {name: FileDigest(**file) for name, file in document["files"].items()}
@@ -72,7 +73,7 @@ class Manifest:
             return None
 
     @classmethod
-    def compute(cls, folder: Path, names: Iterable[str], on_fraction: Callable[[float], None]) -> Manifest:
+    def compute(cls, folder: Path, names: Iterable[str], on_fraction: Callable[[float], None]) -> Digests:
         """Hash all files."""
         names = sorted(names)
         total = sum((folder / n).stat().st_size for n in names) or 1
@@ -82,11 +83,6 @@ class Manifest:
             done += file.size
             on_fraction(done / total)
         return cls(files)
-
-
-def decides_kv(name: str) -> bool:
-    """Say whether the contents of KV blocks depend on this file."""
-    return name == "config.json" or name.endswith(".safetensors")
 
 
 def hash_file(path: Path) -> FileDigest:

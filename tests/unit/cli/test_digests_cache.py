@@ -3,8 +3,8 @@ from __future__ import annotations
 import hashlib
 import os
 
-from inferflux.cli import manifest
-from inferflux.cli.manifest import Manifest
+from inferflux.cli import digests as cache
+from inferflux.cli.digests import Digests
 
 NAMES = ["config.json", "model.safetensors", "tokenizer.json"]
 
@@ -17,13 +17,13 @@ def make_folder(folder):
 
 
 def compute(folder):
-    return Manifest.compute(folder, NAMES, lambda _: None)
+    return Digests.compute(folder, NAMES, lambda _: None)
 
 
 def test_digests_are_sha256(tmp_path):
     """Each file has its SHA-256; progress ends at one."""
     seen = []
-    digests = Manifest.compute(make_folder(tmp_path), NAMES, seen.append)
+    digests = Digests.compute(make_folder(tmp_path), NAMES, seen.append)
 
     assert digests.files["config.json"].sha256 == hashlib.sha256(b"config.json" * 1000).hexdigest()
     assert seen[-1] == 1.0
@@ -45,13 +45,13 @@ def test_the_weights_digest_is_about_what_decides_kv(tmp_path):
 def test_it_survives_its_file(tmp_path):
     """What is saved is loaded, and nonsense is nothing."""
     digests = compute(make_folder(tmp_path / "m"))
-    path = tmp_path / manifest.NAME
+    path = tmp_path / cache.NAME
     digests.save(path)
-    assert Manifest.load(path) == digests
+    assert Digests.load(path) == digests
 
     for text in ("", "[]", '{"format": 2, "files": {}}', '{"format": 1, "files": {"a": 3}}'):
         path.write_text(text)
-        assert Manifest.load(path) is None
+        assert Digests.load(path) is None
 
 
 def test_it_notices_changes(tmp_path):
