@@ -84,7 +84,7 @@ class Backup:
                 raise CliError("this is no backup of InferFlux")
             if head["version"] != VERSION:
                 raise CliError(f"the backup has version {head['version']}, this inferctl reads {VERSION}")
-            if json.loads(tail) != {"sha256": hashlib.sha256(b"".join(lines)).hexdigest()}:
+            if tail != _line({"sha256": hashlib.sha256(b"".join(lines)).hexdigest()}):
                 raise CliError("the backup was changed or cut: its checksum is wrong")
             records = [json.loads(line) for line in lines[1:]]
             return cls(

@@ -105,7 +105,8 @@ def plan(options: ClusterOptions, home: Home, cores: Sequence[int], environ: Map
 
 def base_env(environ: Mapping[str, str], home: Home, options: ClusterOptions) -> dict[str, str]:
     """Build the environment that all processes share."""
-    return DRAIN | {k: v for k, v in environ.items() if k not in PRIVATE} | common_env(home, options)
+    defaults = DRAIN | {"INFERFLUX_LOG_LEVEL": options.log_level}
+    return defaults | {k: v for k, v in environ.items() if k not in PRIVATE} | common_env(home)
 
 
 def gateways(options: ClusterOptions, home: Home, base: Mapping[str, str]) -> list[ProcessSpec]:
@@ -114,7 +115,7 @@ def gateways(options: ClusterOptions, home: Home, base: Mapping[str, str]) -> li
     return [service("gateway", i, home, env | {"INFERFLUX_HTTP_PORT": str(p)}) for i, p in enumerate(options.ports)]
 
 
-def common_env(home: Home, options: ClusterOptions) -> dict[str, str]:
+def common_env(home: Home) -> dict[str, str]:
     """Build what every process is told."""
     return {
         "INFERFLUX_HOME": str(home.root),
@@ -123,7 +124,6 @@ def common_env(home: Home, options: ClusterOptions) -> dict[str, str]:
         "INFERFLUX_RUN_DIR": str(home.run),
         "INFERFLUX_POLICY_ADDRESS": home.socket("policy"),
         "INFERFLUX_REGISTRY_ADDRESS": home.socket("registry"),
-        "INFERFLUX_LOG_LEVEL": options.log_level,
         "INFERFLUX_PDEATHSIG": "1",
     }
 

@@ -27,6 +27,7 @@ _LATENCY_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5,
 _TOKEN_S = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5, 5.0)
 _TRANSFER_S = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
 _RPC_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0, 60.0)
+_LIMIT_S = (0.0001, 0.00025, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5, 2.5)
 _LAG_S = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.0, 5.0)
 
 
@@ -102,6 +103,18 @@ CANCELLED = Counter(
     "inferflux_cancelled",
     "Requests whose client went away, by the phase they were in.",
     ("phase",),
+    registry=REGISTRY,
+)
+JWTS = Counter(
+    "inferflux_jwt",
+    "Tokens of issuers that were looked at and not known yet, by result: verified, or what is wrong with them.",
+    ("result",),
+    registry=REGISTRY,
+)
+JWKS_FETCHES = Counter(
+    "inferflux_jwks_fetches",
+    "Fetches of the public keys of token issuers, by result (ok, failed).",
+    ("result",),
     registry=REGISTRY,
 )
 REJECT = Counter(
@@ -256,10 +269,78 @@ STORE_UP = Gauge(
     registry=REGISTRY,
 )
 
+POLICY_LAG = Gauge(
+    "inferflux_policy_lag_seconds",
+    "For how long there has been a newer policy revision than a gateway uses, in seconds, by gateway.",
+    ("gateway",),
+    registry=REGISTRY,
+)
+POLICY_SNAPSHOT_AGE = Gauge(
+    "inferflux_policy_snapshot_age_seconds",
+    "Time since a gateway last heard of the policy service, in seconds.",
+    registry=REGISTRY,
+)
 POLICY_REFUSED = Counter(
     "inferflux_policy_refused",
     "Policies that a gateway did not use and kept the last good one, by why: signature, document.",
     ("reason",),
+    registry=REGISTRY,
+)
+
+AUDIT_RECORDS = Counter(
+    "inferflux_audit_records",
+    "Records written to the audit log of a policy service, heads among them.",
+    registry=REGISTRY,
+)
+AUDIT_SPOOL_BYTES = Gauge(
+    "inferflux_audit_spool_bytes",
+    "Audit records on a gateway's disk that wait for the policy service, in bytes.",
+    registry=REGISTRY,
+)
+AUDIT_DROPPED = Counter(
+    "inferflux_audit_dropped",
+    "Audit records of requests that a gateway lost, since the policy service was away and its own disk full.",
+    registry=REGISTRY,
+)
+STORE_SECONDS = Histogram(
+    "inferflux_store_seconds",
+    "Time that Redis took to answer, in seconds, by what it was asked about: limits.",
+    ("store",),
+    buckets=_RPC_S,
+    registry=REGISTRY,
+)
+
+# --- limits -----------------------------------------------------------------------------------------------------------
+
+LIMIT_RESERVATIONS = Counter(
+    "inferflux_limit_reservations",
+    "Requests of limited keys by how they were counted: share (no call), store (one call), away (without the store), "
+    "refused, unavailable.",
+    ("result",),
+    registry=REGISTRY,
+)
+LIMIT_REFUSALS = Counter(
+    "inferflux_limit_refusals",
+    "Requests refused by a limit, by its kind.",
+    ("kind",),
+    registry=REGISTRY,
+)
+LIMIT_SECONDS = TallyHistogram(
+    "inferflux_limit_seconds",
+    "Time that a request of a limited key waited to be counted, in seconds, by result (see "
+    "inferflux_limit_reservations).",
+    ("result",),
+    buckets=_LIMIT_S,
+    registry=REGISTRY,
+)
+LIMIT_STORE_UP = Gauge(
+    "inferflux_limit_store_up",
+    "1 while requests of limited keys are counted for all gateways together, 0 while each gateway counts by itself.",
+    registry=REGISTRY,
+)
+LIMIT_UNBOOKED = Gauge(
+    "inferflux_limit_unbooked",
+    "Changes of counters that this gateway has not booked in the store yet.",
     registry=REGISTRY,
 )
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import orjson
 
-from inferflux.errors import InferfluxError, Internal, InvalidRequest
+from inferflux.errors import InferfluxError, Internal, InvalidRequest, LimitExceeded
 from services.gateway.asgi import RawHeaders
 from services.gateway.endpoints import Dialect
 
@@ -61,7 +61,9 @@ def headers(error: InferfluxError) -> RawHeaders:
         extra.append((b"www-authenticate", b"Bearer"))
     if isinstance(error, MethodNotAllowed):
         extra.append((b"allow", error.allowed.encode()))
-    if error.is_retryable or error.retry_after_s is not None:
+    if isinstance(error, LimitExceeded):  # a matter between this client and its limit
+        extra.append((b"retry-after", str(math.ceil(error.retry_after_s or 1)).encode()))
+    elif error.is_retryable or error.retry_after_s is not None:
         # Not the same for all: who was refused together must not come back together.
         spread = random.uniform(1, MAX_SPREAD)  # noqa: S311 - spreads clients, guards nothing
         extra.append((b"retry-after", str(math.ceil((error.retry_after_s or 1) * spread)).encode()))

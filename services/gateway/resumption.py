@@ -22,6 +22,7 @@ from services.gateway import envelope, failures, flow
 from services.gateway.account import Account
 from services.gateway.asgi import AsgiScope, Headers, Receive, Send, header_map
 from services.gateway.auth import Principal
+from services.gateway.bounds import Price
 from services.gateway.call import Call
 from services.gateway.endpoints import ENDPOINTS, Endpoint, Kind, Scope
 from services.gateway.inference import Inference, new_request_id
@@ -53,16 +54,18 @@ class Resumption:
         if scope["method"] != "GET":
             raise failures.MethodNotAllowed("GET")
         headers = header_map(scope["headers"])
-        principal = self.inference.auth.authorize(headers, Scope.GENERATE)
+        principal = await self.inference.auth.authorize(headers, Scope.GENERATE)
         if request_id is None:
             raise NotFound("stream ids look like req_ and 24 hexadecimal digits, as in x-request-id")
         num_events = _num_events(headers)
         record = await self.inference.pool.recall(request_id, principal.tenant)
         with tracing.start_span("resume", record.context.traceparent) as span:
             account.call = call = self._call(record, principal, num_events, span.traceparent)
+            call.policy = self.inference.policy(headers)
             account.endpoint, reply.dialect = call.endpoint, call.endpoint.dialect
             metrics.STREAM_RESUME.inc()
-            async with Lifeline(receive, call.deadline_at):
+            held = self.inference.reservations.hold(call, Price(), reply)
+            async with Lifeline(receive, call.deadline_at), held:
                 await flow.serve(call, self.inference.pool, reply)
 
     def _call(self, record: decode_pb.RecallResponse, principal: Principal, num_events: int, traceparent: str) -> Call:
@@ -73,7 +76,7 @@ class Resumption:
             request_id=record.context.request_id,
             endpoint=ENDPOINTS[record.call.path],
             principal=principal,
-            model=self.inference.pool.resolve(envelope.parse(body, self.inference.limits).model),
+            model=self._model(body, principal),
             http=record.call,
             received_at=now,
             deadline_at=now + record.context.time_left.ToTimedelta().total_seconds(),
@@ -82,6 +85,10 @@ class Resumption:
             journal=_journal(record, num_events) if is_streamed else Journal(),
             is_recalled=is_streamed,
         )
+
+    def _model(self, body: bytes, principal: Principal) -> str:
+        known = envelope.parse(body, self.inference.limits)
+        return self.inference.pool.resolve(known.model, principal.allowance)
 
 
 def _num_events(headers: Headers) -> int:

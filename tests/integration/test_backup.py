@@ -116,7 +116,7 @@ def test_what_was_changed_or_cut_is_refused(store: redis.Redis) -> None:
     data = backup.take(store).encode()
 
     assert Backup.decode(data).entries.keys() == LASTING.keys()
-    for i in range(0, len(data), 7):
+    for i in (*range(0, len(data), 7), len(data) - 1):
         with pytest.raises(CliError):
             Backup.decode(data[:i] + bytes([data[i] ^ 1]) + data[i + 1 :])
         with pytest.raises(CliError):
@@ -128,6 +128,19 @@ def test_another_version_is_refused_by_name(store: redis.Redis) -> None:
 
     with pytest.raises(CliError, match="version 2, this inferctl reads 1"):
         Backup.decode(data)
+
+
+def test_a_part_leaves_the_other_alone(store: redis.Redis, tmp_path: Path) -> None:
+    """A copy of the policy of another cluster, say, into one with models of its own."""
+    saved = Backup.decode(backup.take(store, "policy").encode())
+    store.set("ifx:{registry}:revision", "999")
+    store.delete("ifx:{policy}:keys")
+
+    backup.put_back(store, saved, force=False)
+
+    assert store.get("ifx:{registry}:revision") == b"999"
+    assert store.hgetall("ifx:{policy}:keys") == LASTING["ifx:{policy}:keys"]
+    assert saved.part == "policy"
 
 
 def test_all_kinds_of_values_survive(store: redis.Redis) -> None:

@@ -34,6 +34,7 @@ from inferflux.v1 import prefill_service_pb2 as prefill_pb
 from inferflux.v1 import registry_service_pb2 as registry_pb
 from inferflux.v1 import types_pb2 as pb
 from inferflux.v1.decode_service_pb2_grpc import DecodeServiceServicer, add_DecodeServiceServicer_to_server
+from inferflux.v1.limits_service_pb2_grpc import LimitsServiceServicer, add_LimitsServiceServicer_to_server
 from inferflux.v1.policy_service_pb2_grpc import PolicyServiceServicer, add_PolicyServiceServicer_to_server
 from inferflux.v1.prefill_service_pb2_grpc import PrefillServiceServicer, add_PrefillServiceServicer_to_server
 from inferflux.v1.registry_service_pb2_grpc import RegistryServiceServicer, add_RegistryServiceServicer_to_server
@@ -45,7 +46,7 @@ MODEL = "tiny"
 ADMIN_KEY, GENERATE_KEY, READ_KEY = "test-key-admin", "test-key-generate", "test-key-read"
 PULSE_S = 0.05
 SCOPES = {"generate": policy_pb.SCOPE_GENERATE, "read": policy_pb.SCOPE_READ, "admin": policy_pb.SCOPE_ADMIN}
-FINGERPRINT = pb.ModelFingerprint(weights_digest="w", dtype="float32", layout="l", block_size=16, tensor_parallel=1)
+FINGERPRINT = pb.ModelFingerprint(weights_digest="w", dtype="float32", layout="l", block_size=16)
 GATEWAY_ONLY = frozenset({"gateway"})
 
 
@@ -63,6 +64,8 @@ class FakePolicy(PolicyServiceServicer):
         self._pepper = pepper
         self._signer = Signer(seed)
         self.policy: policy_pb.PolicyRevision | None = None
+        self.audit: list[dict[str, Any]] = []
+        self.reports: list[policy_pb.ReportPolicyRequest] = []
         self.revision = 0
         self.keys: dict[str, policy_pb.KeyRecord] = {}
         self.feed: Feed[policy_pb.PolicySnapshot] = Feed()
@@ -89,6 +92,14 @@ class FakePolicy(PolicyServiceServicer):
             data = snapshot.SerializeToString()
             yield policy_pb.WatchSnapshotResponse(snapshot=data, signature=self._signer.sign(data))
 
+    async def ReportPolicy(self, request, context) -> policy_pb.ReportPolicyResponse:
+        self.reports.append(request)
+        return policy_pb.ReportPolicyResponse()
+
+    async def AppendAudit(self, request, context) -> policy_pb.AppendAuditResponse:
+        self.audit += [json.loads(record) for record in request.records]
+        return policy_pb.AppendAuditResponse()
+
     async def CreateKey(self, request, context) -> policy_pb.CreateKeyResponse:
         secret = request.secret or f"made-by-the-service-{len(self.keys)}"
         digest = hmac.digest(self._pepper, secret.encode(), hashlib.sha256)
@@ -108,6 +119,13 @@ class FakePolicy(PolicyServiceServicer):
             raise NotFound(f"no key {request.key_id!r}")
         self.revoke(request.key_id)
         return policy_pb.RevokeKeyResponse(revision=self.revision)
+
+    def apply(self, document: dict[str, Any]) -> None:
+        """Make a document the live one."""
+        self.policy = policy_pb.PolicyRevision(
+            revision=self.revision + 1, document=json.dumps(document).encode(), stage=policy_pb.POLICY_STAGE_LIVE
+        )
+        self.publish(self.revision + 1)
 
     def revoke(self, key_id: str) -> None:
         del self.keys[key_id]
@@ -359,6 +377,7 @@ class FakeCluster:
         ensure_pki(root / "pki")
         ensure_secrets(root / "secrets")
         self.policy = new_policy(root)
+        self.limits: LimitsServiceServicer | None = None
         self.registry = FakeRegistry()
         self._servers: dict[str, RpcServer] = {}
         self._names = itertools.count()
@@ -373,8 +392,10 @@ class FakeCluster:
         return f"unix:{self.root}/registry.sock"
 
     async def start_policy(self) -> None:
-        server = await self._serve("policy", self.policy_address, "PolicyService")
+        server = await self._serve("policy", self.policy_address, "PolicyService", "LimitsService")
         add_PolicyServiceServicer_to_server(self.policy, server.grpc)
+        if self.limits is not None:
+            add_LimitsServiceServicer_to_server(self.limits, server.grpc)
         await server.start()
 
     async def start_registry(self) -> None:
@@ -384,7 +405,7 @@ class FakeCluster:
 
     async def add_decode(self, worker_id: str = "decode-0", **fields: Any) -> FakeDecode:
         worker = FakeDecode(worker_id, **fields)
-        server = await self._serve(worker_id, self._address(worker), "DecodeService", "decode")
+        server = await self._serve(worker_id, self._address(worker), "DecodeService", role="decode")
         add_DecodeServiceServicer_to_server(worker, server.grpc)
         await server.start()
         self.registry.put(worker.record(pb.WORKER_ROLE_DECODE))
@@ -392,7 +413,7 @@ class FakeCluster:
 
     async def add_prefill(self, worker_id: str = "prefill-0", **fields: Any) -> FakePrefill:
         worker = FakePrefill(worker_id, **fields)
-        server = await self._serve(worker_id, self._address(worker), "PrefillService", "prefill")
+        server = await self._serve(worker_id, self._address(worker), "PrefillService", role="prefill")
         add_PrefillServiceServicer_to_server(worker, server.grpc)
         await server.start()
         self.registry.put(worker.record(pb.WORKER_ROLE_PREFILL))
@@ -413,9 +434,9 @@ class FakeCluster:
         worker.address = worker.address or f"unix:{self.root}/w{next(self._names)}.sock"
         return worker.address
 
-    async def _serve(self, name: str, address: str, service: str, role: str = "") -> RpcServer:
+    async def _serve(self, name: str, address: str, *services: str, role: str = "") -> RpcServer:
         identity = Identity.load(self.root / "pki", role or name)
-        server = RpcServer(identity, address, {f"/inferflux.v1.{service}/": GATEWAY_ONLY})
+        server = RpcServer(identity, address, {f"/inferflux.v1.{service}/": GATEWAY_ONLY for service in services})
         self._servers[name] = server
         return server
 
@@ -472,11 +493,12 @@ async def running_gateway(cluster: FakeCluster, **settings: Any) -> AsyncIterato
 
 
 @asynccontextmanager
-async def fake_cluster() -> AsyncIterator[FakeCluster]:
-    """Policy and registry, without workers."""
+async def fake_cluster(limits: LimitsServiceServicer | None = None) -> AsyncIterator[FakeCluster]:
+    """Policy and registry, without workers. `limits`: what the policy service counts with."""
     async with AsyncExitStack() as stack:
         root = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ifx-")))
         cluster = FakeCluster(root)
+        cluster.limits = limits
         await cluster.start_policy()
         await cluster.start_registry()
         stack.push_async_callback(cluster.close)
