@@ -23,6 +23,14 @@ class Store:
         return self.book
 
 
+def write(file: Path, text: str | None) -> None:
+    """Replace the file; None: remove it."""
+    if text is None:
+        file.unlink()
+    else:
+        file.write_text(text)
+
+
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
     file = tmp_path / "pools.json"
@@ -44,11 +52,11 @@ async def test_a_changed_file_is_in_force_at_the_next_look(file: Path) -> None:
     specs = Specs(Store(), file)
     assert set((await specs.read()).pools) == {PREFILL.name, DECODE.name}
 
-    file.write_text(book.encode([DECODE]))
+    write(file, book.encode([DECODE]))
     assert set((await specs.read()).pools) == {DECODE.name}
-    file.write_text('[{"model": 1}]')
+    write(file, '[{"model": 1}]')
     assert set((await specs.read()).pools) == {DECODE.name}
-    file.unlink()
+    write(file, None)
     assert set((await specs.read()).pools) == {DECODE.name}
 
 
