@@ -362,6 +362,17 @@ def cache(
         command.show(output)
 
 
+@admin_app.command("usage")
+def usage(
+    tenant: Annotated[Optional[str], typer.Option("--tenant", help="Only of this tenant.")] = None,  # noqa: UP045
+    output: Output = Format.TABLE,
+) -> None:
+    """Show what keys, teams and tenants have used of their limits."""
+    from inferflux.cli import usage as command  # noqa: PLC0415
+
+    command.show(tenant, output)
+
+
 @admin_app.command("backup")
 def backup(
     file: Annotated[Path, typer.Argument(help="Where to write it; must not be there yet.")],
@@ -387,17 +398,6 @@ def restore(
     from inferflux.cli import backup as command  # noqa: PLC0415
 
     command.restore(file, output, force=force)
-
-
-@admin_app.command("usage")
-def usage(
-    tenant: Annotated[Optional[str], typer.Option("--tenant", help="Only of this tenant.")] = None,  # noqa: UP045
-    output: Output = Format.TABLE,
-) -> None:
-    """Show what keys, teams and tenants have used of their limits."""
-    from inferflux.cli import usage as command  # noqa: PLC0415
-
-    command.show(tenant, output)
 
 
 def main() -> int:

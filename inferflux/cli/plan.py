@@ -105,8 +105,8 @@ def plan(options: ClusterOptions, home: Home, cores: Sequence[int], environ: Map
 
 def base_env(environ: Mapping[str, str], home: Home, options: ClusterOptions) -> dict[str, str]:
     """Build the environment that all processes share."""
-    defaults = DRAIN | {"INFERFLUX_LOG_LEVEL": options.log_level}
-    return defaults | {k: v for k, v in environ.items() if k not in PRIVATE} | common_env(home)
+    own = {k: v for k, v in environ.items() if k not in PRIVATE}
+    return DRAIN | {"INFERFLUX_LOG_LEVEL": options.log_level} | own | common_env(home)
 
 
 def gateways(options: ClusterOptions, home: Home, base: Mapping[str, str]) -> list[ProcessSpec]:

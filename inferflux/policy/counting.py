@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import MAXYEAR, UTC, datetime
 
-from inferflux.policy.limits import Kind, Limit, Scope, Span
+from inferflux.policy.limits import Name, Span
 
 WINDOW_S = 60
 SHARE_S = 1
@@ -30,19 +30,6 @@ SHARE_DIVISOR = 8
 HOLD_S = 15
 """How long the requests of a gateway count that says nothing."""
 DAY_S = 86_400
-
-
-@dataclass(frozen=True, slots=True)
-class Name:
-    """A counter."""
-
-    scope: Scope
-    owner: str
-    kind: Kind
-
-    @classmethod
-    def of(cls, limit: Limit) -> Name:
-        return cls(limit.scope, limit.owner, limit.kind)
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +152,7 @@ class Counters:
 
     def reset_s(self, name: Name, now_s: float) -> float:
         """Say when nothing that counts now will count any more."""
-        return max((entry.until - now_s for entry in self._live(name, now_s).values()), default=0.0)
+        return max((entry.until - now_s for entry in self._live(name, now_s).values() if entry.amount), default=0.0)
 
     def book(self, now_s: float, holder: str, booking: Booking) -> None:
         """Change one entry. It is never less than nothing."""

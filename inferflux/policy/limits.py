@@ -29,7 +29,7 @@ MAX_ENTRIES = 10_000
 Count = Annotated[int, Field(ge=1, le=MAX_COUNT)] | None
 Usd = Annotated[float, Field(gt=0, le=MAX_USD)] | None
 Dollars = Annotated[float, Field(ge=0, le=MAX_USD)]
-Name = Annotated[str, StringConstraints(pattern=f"^{NAME}$")]
+TenantName = Annotated[str, StringConstraints(pattern=f"^{NAME}$")]
 TeamName = Annotated[str, StringConstraints(pattern=f"^{NAME}/{NAME}$")]
 KeyName = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 Pattern = Annotated[str, StringConstraints(min_length=1, max_length=256)]
@@ -135,7 +135,7 @@ class Entries(Section, Generic[A]):
     defaults: ByScope[A] | None = None
     keys: dict[KeyName, A] = Field(default_factory=dict, max_length=MAX_ENTRIES)
     teams: dict[TeamName, A] = Field(default_factory=dict, max_length=MAX_ENTRIES)
-    tenants: dict[Name, A] = Field(default_factory=dict, max_length=MAX_ENTRIES)
+    tenants: dict[TenantName, A] = Field(default_factory=dict, max_length=MAX_ENTRIES)
 
     def amounts(self, scope: Scope, owner: str) -> A | None:
         """Find what an owner has: its entry, or the default of its scope."""
@@ -181,13 +181,31 @@ class LimitsSection(Section):
 
 
 @dataclass(frozen=True, slots=True)
-class Limit:
-    """What must not be exceeded. `most` in the kind's unit. `owner`: a key's id, tenant/team, or a tenant."""
+class Name:
+    """Of a counter. `owner`: a key's id, tenant/team, or a tenant. Hashed once: requests look up several."""
 
     scope: Scope
     owner: str
     kind: Kind
+    _hash: int = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_hash", hash((self.scope.value, self.owner, self.kind.value)))
+
+    def __hash__(self) -> int:
+        return self._hash
+
+
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """What a counter must not exceed: `most` in the kind's unit."""
+
+    name: Name
     most: int
+
+    @property
+    def kind(self) -> Kind:
+        return self.name.kind
 
 
 @dataclass(slots=True)
@@ -223,7 +241,7 @@ class Limits:
             for kind, amount in found or ():
                 if amount is not None:
                     most = round(amount * MICRO) if Kind(kind).unit is Unit.MICRO_USD else amount
-                    yield Limit(scope, owner, Kind(kind), max(1, most))
+                    yield Limit(Name(scope, owner, Kind(kind)), max(1, most))
 
     def _find(self, tenant: str, team: str, key_id: str) -> Iterator[Limit]:
         yield from self.amounts(Scope.KEY, key_id)

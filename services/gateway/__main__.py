@@ -107,19 +107,9 @@ async def serve(settings: Settings, sock: socket.socket, lifecycle: Lifecycle) -
         policy_api, audit_api = PolicyApi(documents, policy.reached), AuditApi(trail)
         cache = CacheApi(inference.auth, pool, partial(cache_salt, tenant_key))
         usage = UsageApi(limits_client, lambda: policy.value.live.limits if policy.value is not None else None)
+        views, pools = PolicyViews(documents, policy.reached), PoolsApi(registry_channel)
         app = create_app(
-            idempotency,
-            (
-                admin,
-                cache,
-                policy_api,
-                PolicyViews(documents, policy.reached),
-                audit_api,
-                usage,
-                PoolsApi(registry_channel),
-            ),
-            pool.models,
-            lifecycle,
+            idempotency, (admin, cache, policy_api, views, audit_api, usage, pools), pool.models, lifecycle
         )
         _log.debug("routes", extra={"routes": app.routes()})
         lifecycle.add_readiness("policy", lambda: None if policy.value is not None else "not heard yet")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from inferflux.errors import InferfluxError
+from inferflux.errors import DeadlineExceeded, InferfluxError
 from inferflux.policy.limits import Limits, Unit
 from services.gateway.bounds import Price
 from services.gateway.call import Call, Phase
@@ -53,17 +53,23 @@ def guess(call: Call, price: Price, limits: Limits) -> Cost:
 def known(call: Call, guessed: Cost, num_before: int, error: BaseException | None, *, was_heard: bool) -> Cost:
     """Say what a request did cost. `num_before`: tokens of its response that an earlier connection paid for.
 
-    `was_heard`: its client has a part of the response. A failure of ours that nobody heard anything of is free.
+    `was_heard`: its client has a part of the response. A failure of ours that nobody heard anything of is free; what
+    a client brought about itself is not.
     """
     if error is None:
         cost = Cost(guessed.requests, call.usage.prompt_tokens, call.usage.completion_tokens)
-    elif isinstance(error, InferfluxError) and not was_heard:
+    elif _is_ours(error) and not was_heard:
         return Cost()
     else:
         cost = Cost(guessed.requests, _computed_prompt(call, guessed), call.journal.num_tokens)
     if call.is_recalled:
         return Cost(0, 0, max(0, cost.completion_tokens - num_before))
     return cost
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Whether it is our fault that a request did not end well. A deadline is a client's own choice."""
+    return isinstance(error, InferfluxError) and error.http_status >= 500 and not isinstance(error, DeadlineExceeded)
 
 
 def _computed_prompt(call: Call, guessed: Cost) -> int:

@@ -7,8 +7,8 @@ from typing import Any
 
 import grpc
 
-from inferflux.policy.counting import Ask, Booking, Exchange, Name, Refusal, Share
-from inferflux.policy.limits import Kind, Scope
+from inferflux.policy.counting import Ask, Booking, Exchange, Refusal, Share
+from inferflux.policy.limits import Kind, Name, Scope
 from inferflux.rpc.client import translated_errors
 from inferflux.v1 import limits_service_pb2 as pb
 from inferflux.v1.limits_service_pb2_grpc import LimitsServiceStub

@@ -16,18 +16,18 @@ from inferflux.clock import Clock
 from inferflux.errors import BudgetExhausted, ConcurrencyLimited, LimitExceeded, RateLimited
 from inferflux.policy.counting import (
     HOLD_S,
+    SHARE_DIVISOR,
     SHARE_S,
     Ask,
     Booking,
     Counters,
     Exchange,
-    Name,
     Refusal,
     Share,
     counts_until,
     slot_at,
 )
-from inferflux.policy.limits import MICRO, Limit, Span, Unit
+from inferflux.policy.limits import MICRO, Limit, Name, Span, Unit
 
 MAX_REFUSAL_S = 0.25
 """How long a refusal is believed without asking again; it spares the store those who do not wait."""
@@ -35,6 +35,8 @@ SLOT_RETRY_S = 1.0
 IDLE_S = 2.0 * SHARE_S
 HEARTBEAT_S = HOLD_S / 3
 MAX_BATCH = 1000
+MERGE_S = 0.1
+MIN_BUSY = 1.5
 _ERRORS: dict[Span, type[LimitExceeded]] = {
     Span.MINUTE: RateLimited,
     Span.DAY: BudgetExhausted,
@@ -53,7 +55,7 @@ class Need:
     @property
     def name(self) -> Name:
         """Return its counter."""
-        return Name.of(self.limit)
+        return self.limit.name
 
 
 @dataclass(slots=True)
@@ -77,10 +79,26 @@ class Piece:
 
 
 @dataclass(slots=True)
+class Lately:
+    """A sum that forgets: what was added a share's life ago counts for a third of what is added now."""
+
+    _value: float = 0.0
+    _at: float = 0.0
+
+    def add(self, amount: float, now: float) -> None:
+        """Add to the sum."""
+        self._value, self._at = self.sum(now) + amount, now
+
+    def sum(self, now: float) -> float:
+        """Return what is left of it."""
+        return self._value * math.exp((self._at - now) / SHARE_S) if self._value else 0.0
+
+
+@dataclass(slots=True)
 class Purse:
     """This gateway's part of one counter.
 
-    `left`: in the store, when it last answered. `spent`: since the last ask, at `asked_at`, by `num_spent` requests.
+    `left`: in the store, when it last answered an ask, at `asked_at`. `spent`: lately, by `num_spent` requests.
     `refused_need` is not to be had before `refused_until`. For counters of requests that run: `in_use` are ours, and
     `told` is what the store has heard of them, at `told_at`; -1: nobody knows.
     """
@@ -89,8 +107,8 @@ class Purse:
     grants: list[Grant] = field(default_factory=list)
     left: int = 0
     reset_at: float = 0.0
-    spent: int = 0
-    num_spent: int = 0
+    spent: Lately = field(default_factory=Lately)
+    num_spent: Lately = field(default_factory=Lately)
     asked_at: float = 0.0
     in_use: int = 0
     told: int = 0
@@ -98,10 +116,10 @@ class Purse:
     refusal: Refusal | None = None
     refused_need: int = 0
     refused_until: float = 0.0
+    is_running: bool = field(init=False)
 
-    @property
-    def is_running(self) -> bool:
-        return self.name.kind.span is Span.RUNNING
+    def __post_init__(self) -> None:
+        self.is_running = self.name.kind.span is Span.RUNNING
 
     def available(self, now: float) -> int:
         """Add up what may be spent now."""
@@ -117,10 +135,18 @@ class Purse:
                 rest -= part
                 pieces.append(Piece(self, grant.slot, part, grant.until))
         self.grants = [grant for grant in self.grants if grant.amount]
-        self.spent += amount
-        self.num_spent += 1
+        self.spent.add(amount, now)
+        self.num_spent.add(1, now)
         self.in_use += amount if self.is_running else 0
         return pieces
+
+    def put(self, slot: int, amount: int, until: float) -> None:
+        """Take in what may be spent; with what is there already, if that is over at about the same time."""
+        last = self.grants[-1] if self.grants else None
+        if last is not None and last.slot == slot and 0 <= until - last.until < MERGE_S:
+            last.amount += amount
+        else:
+            self.grants.append(Grant(slot, amount, until))
 
     def expire(self, now: float) -> Iterator[Grant]:
         """Give up grants that may not be spent any more."""
@@ -130,12 +156,14 @@ class Purse:
         self.grants = [grant for grant in self.grants if grant.until > now]
 
     def demand(self, now: float) -> int:
-        """Guess what will be spent while the next share is good: as much as since the last, if that is not long ago."""
-        return self.spent if now - self.asked_at < 2 * SHARE_S else 0
+        """Guess what will be spent while the next share is good: as much as lately. Places are used again and again."""
+        spent = round(self.spent.sum(now))
+        return min(spent, self.in_use) if self.is_running else spent
 
     def is_low(self, now: float) -> bool:
-        """Whether the share should be renewed before it is spent; a request now and then is not worth a share."""
-        return self.num_spent > 1 and self.available(now) * 2 < self.demand(now)
+        """Whether the share should be renewed before it is spent; a request now and then is not worth one."""
+        is_worth_it = self.num_spent.sum(now) > MIN_BUSY and self.left >= SHARE_DIVISOR
+        return is_worth_it and self.available(now) * 2 < self.demand(now)
 
     def held(self, now: float) -> int:
         """Count the places for requests that run: those in use, and those kept for a moment."""
@@ -228,7 +256,7 @@ class Account:
         purse = piece.purse
         purse.refused_until = 0.0
         if piece.until > self._clock.monotonic():
-            purse.grants.append(Grant(piece.slot, amount, piece.until))
+            purse.put(piece.slot, amount, piece.until)
             return
         self.book(purse.name, piece.slot, -amount)
         if piece.is_away:
@@ -244,7 +272,7 @@ class Account:
         piece.purse.in_use -= piece.amount
         piece.purse.refused_until = 0.0
         if not piece.is_away:
-            piece.purse.grants.append(Grant(piece.slot, piece.amount, self._clock.monotonic() + SHARE_S))
+            piece.purse.put(piece.slot, piece.amount, self._clock.monotonic() + SHARE_S)
 
     def book(self, name: Name, slot: int, amount: int) -> None:
         """Have an entry changed in the store with the next exchange."""
@@ -274,10 +302,10 @@ class Account:
         amounts = {need.name: need.amount for need in needs}
         asks = []
         for limit in limits:
-            purse = self.purse(Name.of(limit))
+            purse = self.purse(limit.name)
             need = amounts.get(purse.name, 0)
             asks.append(Ask(purse.name, limit.most, need, need + purse.demand(now) + others.get(purse.name, 0)))
-            purse.spent, purse.num_spent, purse.asked_at = 0, 0, now
+            purse.asked_at = now
         batch_id, bookings = self._next_batch()
         return Exchange(self.tenant, self._holder, batch_id, [*bookings, *self._running(now)], asks)
 
@@ -296,7 +324,9 @@ class Account:
         for ask, share in zip(asks, shares, strict=True):
             purse = self.purse(ask.name)
             given = ((share.slot, ask.need), (share.extra_slot, share.extra))
-            purse.grants += [Grant(slot, amount, until) for slot, amount in given if amount]
+            for slot, amount in given:
+                if amount:
+                    purse.put(slot, amount, until)
             purse.left, purse.reset_at = max(0, ask.most - share.used), asked_at + share.reset_s
             purse.told += ask.need + share.extra
             purse.refusal = None
@@ -308,7 +338,7 @@ class Account:
 
     def standing(self, limit: Limit) -> Standing:
         """Say what is left of a limit: in the store when it last answered, and here."""
-        now, purse = self._clock.monotonic(), self.purses.get(Name.of(limit))
+        now, purse = self._clock.monotonic(), self.purses.get(limit.name)
         if purse is None:
             return Standing(limit.most, limit.most, 0.0)
         remaining = min(limit.most, purse.left + purse.available(now))
@@ -347,7 +377,7 @@ def error_of(need: Need, refusal: Refusal) -> LimitExceeded:
     limit = need.limit
     span = limit.kind.span
     used, most, amount = (_written(number, limit.kind.unit) for number in (refusal.used, limit.most, need.amount))
-    message = f"{limit.kind} of {limit.scope} {limit.owner}: {used} of {most} are used"
+    message = f"{limit.kind} of {limit.name.scope} {limit.name.owner}: {used} of {most} are used"
     if limit.kind.unit in (Unit.TOKENS, Unit.MICRO_USD):
         message += f", this request needs up to {amount}"
     wait_s = SLOT_RETRY_S if span is Span.RUNNING else refusal.wait_s

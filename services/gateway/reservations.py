@@ -33,7 +33,7 @@ class Reservations:
     async def hold(self, call: Call, price: Price, reply: Reply) -> AsyncIterator[None]:
         """Count a request inside the block, and what it did cost after it. Raises what Shares.take raises."""
         limits, principal = call.policy.limits, call.principal
-        found = limits.of(principal.tenant, "", principal.key_id) if limits is not None else ()
+        found = limits.of(principal.tenant, principal.team, principal.key_id) if limits is not None else ()
         if limits is None or not found:
             yield
             return

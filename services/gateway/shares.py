@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 
 from inferflux.clock import Clock
 from inferflux.errors import InferfluxError, LimitExceeded, LimitsUnavailable, RequestExceedsLimit, Unavailable
-from inferflux.policy.counting import HOLD_S, Exchange, Name, Refusal, Share
-from inferflux.policy.limits import Limit, Limits
+from inferflux.policy.counting import HOLD_S, Exchange, Refusal, Share
+from inferflux.policy.limits import Limit, Limits, Name
 from inferflux.process import Tasks
 from inferflux.telemetry import metrics
 from services.gateway.purse import Account, Need, Piece, error_of

@@ -13,8 +13,8 @@ from google.protobuf.duration_pb2 import Duration
 
 from inferflux.clock import Clock
 from inferflux.errors import InvalidRequest
-from inferflux.policy.counting import Ask, Booking, Exchange, Name, Refusal, Share
-from inferflux.policy.limits import NAME, Kind, Scope
+from inferflux.policy.counting import Ask, Booking, Exchange, Refusal, Share
+from inferflux.policy.limits import NAME, Kind, Name, Scope
 from inferflux.v1 import limits_service_pb2 as pb
 from inferflux.v1.limits_service_pb2_grpc import LimitsServiceServicer
 from services.policy.limits_store import LimitsStore

@@ -3,7 +3,8 @@
 Layout: `ifx:{limits.<tenant>}:<scope>:<owner>:<kind>` a hash of entries; `ifx:{limits.<tenant>}:batch:<id>` exists
 while a batch of bookings might be sent again. All of a tenant lies on one node of a Redis cluster. All keys expire.
 
-Every failure of Redis, slow answers included, is Unavailable: what failed so may still have happened.
+What a budget had when this service last saw it is put back if Redis has lost it. Every failure of Redis, slow answers
+included, is Unavailable: what failed so may still have happened.
 """
 
 from __future__ import annotations
@@ -26,20 +27,20 @@ from inferflux.policy.counting import (
     Ask,
     Booking,
     Exchange,
-    Name,
     Refusal,
     Share,
     counts_until,
     share_slot,
     slot_at,
 )
-from inferflux.policy.limits import Kind, Scope, Span
+from inferflux.policy.limits import Kind, Name, Scope, Span
 from inferflux.telemetry import metrics
 
 ANSWER_TIMEOUT_S = 1.0
 MAX_CONNECTIONS = 32
 SCAN_COUNT = 500
 MAX_COUNTERS = 10_000
+MAX_SEEN = 100_000
 _SCRIPT = Path(__file__).with_name("limits.lua")
 # redis-py's own types say bytes and text, coroutine and value, all at once.
 Client = Any
@@ -71,6 +72,7 @@ class LimitsStore:
             )
         except ValueError as e:
             raise ConfigError("INFERFLUX_REDIS_URL: must be a redis://, rediss:// or unix:// URL") from e
+        self._seen: dict[str, Booking] = {}
         self._redis: Client = redis.Redis.from_pool(pool)
         self._script = self._redis.register_script(_SCRIPT.read_text(encoding="utf-8"))
 
@@ -82,18 +84,24 @@ class LimitsStore:
 
     async def exchange(self, now_s: float, exchange: Exchange) -> list[Share] | Refusal:
         """Book, then give what is asked, all or nothing; see Counters.exchange. Raises Unavailable."""
-        tenant, bookings, asks = exchange.tenant, exchange.bookings, exchange.asks
-        names = [*(booking.name for booking in bookings), *(ask.name for ask in asks)]
-        keys = [_key(tenant, f"batch:{exchange.batch_id}"), *(_counter(tenant, name) for name in names)]
+        tenant, asks = exchange.tenant, exchange.asks
+        names = [*(booking.name for booking in exchange.bookings), *(ask.name for ask in asks)]
+        seen = {counter: self._seen[counter] for name in names if (counter := _counter(tenant, name)) in self._seen}
+        bookings = [(booking, "lost") for booking in seen.values()]
+        bookings += [(booking, _how(booking)) for booking in exchange.bookings]
+        counters = [*(booking.name for booking, _ in bookings), *(ask.name for ask in asks)]
+        keys = [_key(tenant, f"batch:{exchange.batch_id}"), *(_counter(tenant, name) for name in counters)]
         arguments: list[str | int] = [int(now_s * 1000), int(bool(exchange.batch_id))]
         arguments += [len(bookings), len(asks), SHARE_DIVISOR]
-        for booking in bookings:
-            arguments += _booking(booking, exchange.holder, now_s)
+        for booking, how in bookings:
+            arguments += [*_booking(booking, exchange.holder, now_s), how]
         for ask in asks:
             arguments += _ask(ask, exchange.holder, now_s)
         with _unavailable(), metrics.STORE_SECONDS.labels("limits").time():
-            answer = await self._script(keys, arguments)
-        return _answer([int(number) for number in answer], asks, now_s)
+            answer = _answer([int(number) for number in await self._script(keys, arguments)], asks, now_s)
+        if not isinstance(answer, Refusal):
+            self._see(tenant, asks, answer)
+        return answer
 
     async def usage(self, now_s: float, tenant: str = "") -> list[Usage]:
         """Read all counters of a tenant, or of all (empty), at most MAX_COUNTERS. Raises Unavailable."""
@@ -101,6 +109,14 @@ class LimitsStore:
             async with asyncio.timeout(5 * ANSWER_TIMEOUT_S):
                 found = [usage async for usage in self._usages(now_s, tenant or "*")]
         return sorted(found, key=lambda usage: (usage.name.scope, usage.name.owner, usage.name.kind))
+
+    def _see(self, tenant: str, asks: Sequence[Ask], shares: Sequence[Share]) -> None:
+        """Remember what budgets have: they are worth more than a minute."""
+        if len(self._seen) > MAX_SEEN:
+            self._seen.clear()
+        for ask, share in zip(asks, shares, strict=True):
+            if ask.name.kind.span in (Span.DAY, Span.MONTH):
+                self._seen[_counter(tenant, ask.name)] = Booking(ask.name, share.slot, share.used)
 
     async def _usages(self, now_s: float, tenant: str) -> AsyncIterator[Usage]:
         num_left = MAX_COUNTERS
@@ -137,11 +153,14 @@ def _entry(text: str) -> tuple[int, float]:
     return (int(amount), int(until_ms) / 1000) if amount.isdecimal() and until_ms.isdecimal() else (0, 0.0)
 
 
+def _how(booking: Booking) -> str:
+    return "instead" if booking.name.kind.span is Span.RUNNING else "add"
+
+
 def _booking(booking: Booking, holder: str, now_s: float) -> list[str | int]:
     span = booking.name.kind.span
-    is_instead = span is Span.RUNNING
-    entry = holder if is_instead else str(booking.slot)
-    return [entry, booking.amount, 1000 * counts_until(span, booking.slot, now_s), int(is_instead)]
+    entry = holder if span is Span.RUNNING else str(booking.slot)
+    return [entry, booking.amount, 1000 * counts_until(span, booking.slot, now_s)]
 
 
 def _ask(ask: Ask, holder: str, now_s: float) -> list[str | int]:

@@ -9,8 +9,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from inferflux.errors import Unavailable
-from inferflux.policy.counting import Ask, Booking, Counters, Exchange, Name, Refusal
-from inferflux.policy.limits import Kind, Scope
+from inferflux.policy.counting import Ask, Booking, Counters, Exchange, Refusal
+from inferflux.policy.limits import Kind, Name, Scope
 from services.policy.limits_store import LimitsStore
 from tests.support.redis_server import RedisServer, redis_binaries
 
@@ -63,7 +63,7 @@ async def exchange(store, *asks, now_s=NOW_S, tenant="acme", holder="gateway-0",
 
 @given(st.lists(steps, max_size=6))
 @settings(
-    max_examples=100,
+    max_examples=60,
     report_multiple_bugs=False,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
@@ -136,6 +136,17 @@ async def test_every_key_is_ours_and_expires(store, server):
     names += [f"ifx:{{limits.acme}}:key:key_1:{kind}" for kind in ("requests_per_minute", "concurrent_requests")]
     assert server.command("EXISTS", *names) == ":4"
     assert server.command("DBSIZE") == ":4"
+
+
+async def test_what_a_budget_had_is_put_back_when_the_store_has_lost_it(store, server):
+    """By a service that has seen it; what was given back before is not charged again."""
+    await exchange(store, ask(need=60))
+    server.command("FLUSHALL")
+    assert isinstance(await exchange(store, ask(need=50)), Refusal)
+
+    await exchange(store, batch_id="a", bookings=[Booking(DAILY, 19_675, -60)])
+    (share,) = await exchange(store, ask(need=50))
+    assert share.used == 50
 
 
 async def test_garbage_in_an_entry_counts_for_nothing(store, server):

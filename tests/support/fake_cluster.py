@@ -120,13 +120,6 @@ class FakePolicy(PolicyServiceServicer):
         self.revoke(request.key_id)
         return policy_pb.RevokeKeyResponse(revision=self.revision)
 
-    def apply(self, document: dict[str, Any]) -> None:
-        """Make a document the live one."""
-        self.policy = policy_pb.PolicyRevision(
-            revision=self.revision + 1, document=json.dumps(document).encode(), stage=policy_pb.POLICY_STAGE_LIVE
-        )
-        self.publish(self.revision + 1)
-
     def revoke(self, key_id: str) -> None:
         del self.keys[key_id]
         self.publish(self.revision + 1)

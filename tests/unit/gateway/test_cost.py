@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from inferflux.errors import Internal
+from inferflux.errors import DeadlineExceeded, Internal, InvalidRequest
 from inferflux.policy.limits import LimitsSection, Unit, compile_limits
 from inferflux.types import Usage
 from inferflux.v1 import types_pb2
@@ -85,6 +85,14 @@ def test_a_failure_of_ours_is_free_until_something_was_heard():
 
     assert cost.known(broken, GUESSED, 0, Internal("x"), was_heard=False) == Cost()
     assert cost.known(broken, GUESSED, 0, Internal("x"), was_heard=True) == Cost(1, 8, 5)
+
+
+@pytest.mark.parametrize("error", [InvalidRequest("x"), DeadlineExceeded("x")])
+def test_what_a_client_brought_about_is_not_free(error):
+    """A deadline that can't be met, or a request that is refused for what it makes the model say."""
+    broken = delivered(5, phase=Phase.DECODE, num_prompt_tokens=8)
+
+    assert cost.known(broken, GUESSED, 0, error, was_heard=False) == Cost(1, 8, 5)
 
 
 def test_who_leaves_pays_for_what_was_computed():

@@ -19,8 +19,8 @@ from inferflux.errors import (
     RequestExceedsLimit,
     Unavailable,
 )
-from inferflux.policy.counting import Counters, Name
-from inferflux.policy.limits import Kind, Limit, LimitsSection, Scope, compile_limits
+from inferflux.policy.counting import Counters
+from inferflux.policy.limits import Kind, Limit, LimitsSection, Name, Scope, compile_limits
 from inferflux.process import Tasks
 from services.gateway import shares as shares_module
 from services.gateway.purse import Need
@@ -31,9 +31,9 @@ TENANT = "acme"
 MOST = 100
 OPEN = compile_limits(LimitsSection(away_share=0.25))
 CLOSED = compile_limits(LimitsSection(when_store_is_away="fail_closed"))
-DAILY = Limit(Scope.TENANT, TENANT, Kind.TOKENS_PER_DAY, MOST)
-MINUTELY = Limit(Scope.KEY, "key_1", Kind.TOKENS_PER_MINUTE, MOST)
-RUNNING = Limit(Scope.KEY, "key_1", Kind.CONCURRENT_REQUESTS, 4)
+DAILY = Limit(Name(Scope.TENANT, TENANT, Kind.TOKENS_PER_DAY), MOST)
+MINUTELY = Limit(Name(Scope.KEY, "key_1", Kind.TOKENS_PER_MINUTE), MOST)
+RUNNING = Limit(Name(Scope.KEY, "key_1", Kind.CONCURRENT_REQUESTS), 4)
 
 
 class Store:
@@ -63,7 +63,7 @@ class Store:
         return answer
 
     def used(self, limit):
-        return self.counters.used(Name.of(limit), self.clock.time())
+        return self.counters.used(limit.name, self.clock.time())
 
 
 class Gateway:
@@ -200,7 +200,7 @@ async def test_parallel_requests_of_two_gateways_get_what_there_is_and_no_more()
 
 async def test_most_requests_need_no_call():
     """A share lasts for many."""
-    plenty = Limit(Scope.KEY, "key_1", Kind.REQUESTS_PER_MINUTE, 100_000)
+    plenty = Limit(Name(Scope.KEY, "key_1", Kind.REQUESTS_PER_MINUTE), 100_000)
     async with gateways(1) as (store, gateway):
         for _ in range(200):
             await gateway.take((plenty, 1))
@@ -383,7 +383,7 @@ async def test_a_gateway_that_stops_gives_back_its_shares():
 async def test_answers_say_what_is_left():
     """Of the tightest limit, in the headers that clients know."""
     async with gateways(1) as (_, gateway):
-        loose = Limit(Scope.TENANT, TENANT, Kind.TOKENS_PER_MINUTE, 10 * MOST)
+        loose = Limit(Name(Scope.TENANT, TENANT, Kind.TOKENS_PER_MINUTE), 10 * MOST)
         await gateway.take((MINUTELY, 30), (loose, 30))
         lines = dict(headers(gateway.shares.account(TENANT), [MINUTELY, loose]))
 

@@ -7,9 +7,9 @@ from datetime import UTC, datetime
 import pytest
 
 from inferflux.errors import PolicyInvalid
-from inferflux.policy.counting import Ask, Booking, Counters, Exchange, Name, Refusal, counts_until, slot_at
+from inferflux.policy.counting import Ask, Booking, Counters, Exchange, Refusal, counts_until, slot_at
 from inferflux.policy.document import parse
-from inferflux.policy.limits import Kind, Limit, LimitsSection, Scope, Span, compile_limits
+from inferflux.policy.limits import Kind, Limit, LimitsSection, Name, Scope, Span, compile_limits
 
 NOW_S = datetime(2026, 12, 31, 23, 59, 30, 500_000, UTC).timestamp()
 NAME = Name(Scope.KEY, "key_1", Kind.REQUESTS_PER_MINUTE)
@@ -31,9 +31,9 @@ def test_a_request_has_the_limits_of_its_key_team_and_tenant():
     )
 
     assert made.of("acme", "lab", "key_2") == (
-        Limit(Scope.KEY, "key_2", Kind.REQUESTS_PER_MINUTE, 9),
-        Limit(Scope.TEAM, "acme/lab", Kind.USD_PER_DAY, 500_000),
-        Limit(Scope.TENANT, "acme", Kind.TOKENS_PER_MINUTE, 100),
+        Limit(Name(Scope.KEY, "key_2", Kind.REQUESTS_PER_MINUTE), 9),
+        Limit(Name(Scope.TEAM, "acme/lab", Kind.USD_PER_DAY), 500_000),
+        Limit(Name(Scope.TENANT, "acme", Kind.TOKENS_PER_MINUTE), 100),
     )
     assert [limit.kind for limit in made.of("blue", "", "key_1")] == ["requests_per_minute", "concurrent_requests"]
     assert made.of("blue", "lab", "key_3") == ()
