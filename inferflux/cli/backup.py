@@ -30,8 +30,7 @@ from inferflux.paths import Home
 
 FORMAT, VERSION = "inferflux-backup", 1
 MOMENTARY = frozenset({"ifx:{registry}:rosters", "ifx:{registry}:plans", "ifx:{registry}:planner-lease"})
-FOR_EVER = frozenset({"ifx:{policy}:revoked"})
-"""Sets that only grow: what was revoked after a backup stays revoked when it is restored."""
+REVOKED = "ifx:{policy}:revoked"
 REVISION = ":revision"
 MAX_TRIES = 100
 TIMEOUT_S = 10.0
@@ -113,8 +112,10 @@ def restore(file: Path, output: Format, *, force: bool) -> None:
     except OSError as e:
         raise CliError(f"cannot read {file}: {e.strerror}") from e
     with connected() as client:
-        retried(lambda: put_back(client, saved, force=force))
+        opened = retried(lambda: put_back(client, saved, force=force))
     tell("restored", file, saved, output)
+    if opened:
+        note(f"these keys were revoked after the backup was made, revoke them again: {', '.join(opened)}")
 
 
 def take(client: Any, part: str = "") -> Backup:
@@ -132,8 +133,12 @@ def take(client: Any, part: str = "") -> Backup:
     return Backup({key: Entry(kind, value) for (key, kind), value in found if value}, part)
 
 
-def put_back(client: Any, saved: Backup, *, force: bool) -> None:
-    """Replace the state in one transaction. Raises WatchError when something changed meanwhile, CliError."""
+def put_back(client: Any, saved: Backup, *, force: bool) -> list[str]:
+    """Replace the state in one transaction; returns the ids of keys that had been revoked since.
+
+    The policy's seal covers what is revoked, so nothing can be added to what is restored. Raises WatchError when
+    something changed meanwhile, CliError.
+    """
     with client.pipeline(transaction=True) as pipe:
         watched = {*revision_keys(client, saved.part), *saved.revisions}
         if watched:
@@ -145,7 +150,8 @@ def put_back(client: Any, saved: Backup, *, force: bool) -> None:
                 f"{key} is {n}, the backup has {saved.revisions.get(key, 0)}" for key, n in newer.items()
             )
             raise CliError(f"the state is newer than the backup: {details}", hint="--force restores it all the same")
-        replaced = [key for key in lasting(client, saved.part) if key not in FOR_EVER]
+        replaced = list(lasting(client, saved.part))
+        opened = sorted(key_id.decode() for key_id in _revoked(client, saved))
         pipe.multi()
         if replaced:
             pipe.delete(*replaced)
@@ -154,6 +160,15 @@ def put_back(client: Any, saved: Backup, *, force: bool) -> None:
         for key in newer:  # whoever follows a revision takes over what has a higher one
             pipe.set(key, current[key] + 1)
         pipe.execute()
+        return opened
+
+
+def _revoked(client: Any, saved: Backup) -> set[bytes]:
+    """Find the keys that are revoked now and will not be."""
+    if saved.part == "registry":
+        return set()
+    entry = saved.entries.get(REVOKED)
+    return set(client.smembers(REVOKED)) - set(entry.value if entry else ())
 
 
 def lasting(client: Any, part: str) -> dict[str, str]:
