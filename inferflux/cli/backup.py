@@ -30,7 +30,8 @@ from inferflux.paths import Home
 
 FORMAT, VERSION = "inferflux-backup", 1
 MOMENTARY = frozenset({"ifx:{registry}:rosters", "ifx:{registry}:plans", "ifx:{registry}:planner-lease"})
-FOR_EVER = frozenset({"ifx:{policy}:revoked", "ifx:{registry}:revoked_keys"})
+REVOKED = "ifx:{policy}:revoked"
+FOR_EVER = frozenset({"ifx:{registry}:revoked_keys"})
 """Sets that only grow: what was revoked after a backup stays revoked when it is restored."""
 REVISION = ":revision"
 MAX_TRIES = 100
@@ -84,7 +85,7 @@ class Backup:
                 raise CliError("this is no backup of InferFlux")
             if head["version"] != VERSION:
                 raise CliError(f"the backup has version {head['version']}, this inferctl reads {VERSION}")
-            if json.loads(tail) != {"sha256": hashlib.sha256(b"".join(lines)).hexdigest()}:
+            if tail != _line({"sha256": hashlib.sha256(b"".join(lines)).hexdigest()}):
                 raise CliError("the backup was changed or cut: its checksum is wrong")
             records = [json.loads(line) for line in lines[1:]]
             return cls(
@@ -113,8 +114,10 @@ def restore(file: Path, output: Format, *, force: bool) -> None:
     except OSError as e:
         raise CliError(f"cannot read {file}: {e.strerror}") from e
     with connected() as client:
-        retried(lambda: put_back(client, saved, force=force))
+        opened = retried(lambda: put_back(client, saved, force=force))
     tell("restored", file, saved, output)
+    if opened:
+        note(f"these keys were revoked after the backup was made, revoke them again: {', '.join(opened)}")
 
 
 def take(client: Any, part: str = "") -> Backup:
@@ -132,8 +135,12 @@ def take(client: Any, part: str = "") -> Backup:
     return Backup({key: Entry(kind, value) for (key, kind), value in found if value}, part)
 
 
-def put_back(client: Any, saved: Backup, *, force: bool) -> None:
-    """Replace the state in one transaction. Raises WatchError when something changed meanwhile, CliError."""
+def put_back(client: Any, saved: Backup, *, force: bool) -> list[str]:
+    """Replace the state in one transaction; returns the ids of keys that had been revoked since.
+
+    The policy's seal covers what is revoked, so nothing can be added to what is restored. Raises WatchError when
+    something changed meanwhile, CliError.
+    """
     with client.pipeline(transaction=True) as pipe:
         watched = {*revision_keys(client, saved.part), *saved.revisions}
         if watched:
@@ -146,6 +153,7 @@ def put_back(client: Any, saved: Backup, *, force: bool) -> None:
             )
             raise CliError(f"the state is newer than the backup: {details}", hint="--force restores it all the same")
         replaced = [key for key in lasting(client, saved.part) if key not in FOR_EVER]
+        opened = sorted(key_id.decode() for key_id in _revoked(client, saved))
         pipe.multi()
         if replaced:
             pipe.delete(*replaced)
@@ -154,6 +162,15 @@ def put_back(client: Any, saved: Backup, *, force: bool) -> None:
         for key in newer:  # whoever follows a revision takes over what has a higher one
             pipe.set(key, current[key] + 1)
         pipe.execute()
+        return opened
+
+
+def _revoked(client: Any, saved: Backup) -> set[bytes]:
+    """Find the keys that are revoked now and will not be."""
+    if saved.part == "registry":
+        return set()
+    entry = saved.entries.get(REVOKED)
+    return set(client.smembers(REVOKED)) - set(entry.value if entry else ())
 
 
 def lasting(client: Any, part: str) -> dict[str, str]:
