@@ -18,8 +18,8 @@
     |   +-- WorkerLost            503                      retryable
     |   +-- Draining              503                      retryable
     |   +-- KvTransportDegraded   503                      retryable
-    |   +-- LimitsUnavailable     503                      retryable
     |   +-- AuditUnavailable      503                      retryable
+    |   +-- LimitsUnavailable     503                      retryable
     +-- DeadlineExceeded          504 DEADLINE_EXCEEDED
     +-- LimitExceeded             429 RESOURCE_EXHAUSTED
     |   +-- RateLimited           429                      retryable

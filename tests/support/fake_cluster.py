@@ -46,7 +46,7 @@ MODEL = "tiny"
 ADMIN_KEY, GENERATE_KEY, READ_KEY = "test-key-admin", "test-key-generate", "test-key-read"
 PULSE_S = 0.05
 SCOPES = {"generate": policy_pb.SCOPE_GENERATE, "read": policy_pb.SCOPE_READ, "admin": policy_pb.SCOPE_ADMIN}
-FINGERPRINT = pb.ModelFingerprint(weights_digest="w", dtype="float32", layout="l", block_size=16, tensor_parallel=1)
+FINGERPRINT = pb.ModelFingerprint(weights_digest="w", dtype="float32", layout="l", block_size=16)
 GATEWAY_ONLY = frozenset({"gateway"})
 
 
@@ -99,13 +99,6 @@ class FakePolicy(PolicyServiceServicer):
     async def AppendAudit(self, request, context) -> policy_pb.AppendAuditResponse:
         self.audit += [json.loads(record) for record in request.records]
         return policy_pb.AppendAuditResponse()
-
-    def apply(self, document: dict[str, Any]) -> None:
-        """Push another policy document."""
-        revision = self.revision + 1
-        stage = policy_pb.POLICY_STAGE_LIVE
-        self.policy = policy_pb.PolicyRevision(revision=revision, document=json.dumps(document).encode(), stage=stage)
-        self.publish(revision)
 
     async def CreateKey(self, request, context) -> policy_pb.CreateKeyResponse:
         secret = request.secret or f"made-by-the-service-{len(self.keys)}"
