@@ -89,12 +89,8 @@ class ProcessSpec:
 def plan(options: ClusterOptions, home: Home, cores: Sequence[int], environ: Mapping[str, str]) -> list[ProcessSpec]:
     """List the processes in the order in which they start. Raises ConfigError when socket paths get too long."""
     redis_url = environ.get("INFERFLUX_REDIS_URL", "")
-    base = (
-        DRAIN
-        | {"INFERFLUX_LOG_LEVEL": options.log_level}
-        | {k: v for k, v in environ.items() if k not in PRIVATE}
-        | common_env(home)
-    )
+    own = {k: v for k, v in environ.items() if k not in PRIVATE}
+    base = DRAIN | {"INFERFLUX_LOG_LEVEL": options.log_level} | own | common_env(home)
     stores = {"INFERFLUX_REDIS_URL": redis_url or f"unix://{redis_socket(home)}"}
     keys = {k: environ[k] for k in ("INFERFLUX_API_KEYS",) if k in environ}
     return [

@@ -29,6 +29,8 @@ from services.policy.pepper import Pepper
 from services.policy.replicas import Replicas
 from services.policy.servicer import CALLERS, PolicyServicer
 from services.policy.store import PolicyStore
+from services.policy.vault import KEY_FILE as STORE_KEY
+from services.policy.vault import Vault
 
 DRAIN_S = 1.0
 
@@ -42,6 +44,8 @@ class Settings(CommonSettings):
     api_keys: tuple[str, ...] = field(default=(), repr=False)
     """Keys that exist from the start, each `secret:scope+scope`; scopes are generate, read, admin."""
 
+    store_keys: tuple[str, ...] = field(default=(), repr=False)
+    """Keys that encrypt what is in Redis, each the base64 of 32 bytes, in place of the file `store.key`."""
     policy_file: Path = Path()
     """Policy document, JSON or .toml, in force until an administrator changes the policy; none by default."""
     policy: str = ""
@@ -62,11 +66,12 @@ async def serve(settings: Settings, lifecycle: Lifecycle) -> None:
     """Serve until drained. Starts, and stays, without Redis; see Keeper for what it answers then."""
     clock, pepper = SystemClock(), Pepper.load(settings.secrets_dir / "pepper.key")
     signer = Signer.load(settings.secrets_dir / KEY_FILE)
+    vault = Vault.load(settings.secrets_dir / STORE_KEY, settings.store_keys)
     configured = read_configured(settings.policy_file, settings.policy)
     initial = parse_api_keys(settings.api_keys, pepper, now_ms=int(clock.time() * 1000))
     server = RpcServer(Identity.load(settings.pki_dir, "policy"), settings.bind, CALLERS | LIMITS_CALLERS)
     async with (
-        PolicyStore(settings.redis_url, pepper) as store,
+        PolicyStore(settings.redis_url, vault) as store,
         LimitsStore(settings.redis_url) as limits,
         Tasks() as tasks,
     ):

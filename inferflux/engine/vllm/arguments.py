@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from inferflux.engine.options import EngineOptions, Parallelism
 
 CONNECTOR = "ArenaConnector"
+NO_DOMAIN = "media.invalid"
 CONNECTOR_MODULE = "inferflux.engine.vllm.connector"
 # What a rank that is no child of ours must find in its environment before it imports anything.
 INHERITED = (
@@ -37,6 +38,7 @@ def set_environment(options: EngineOptions) -> None:
         TRANSFORMERS_OFFLINE="1",
         VLLM_NO_USAGE_STATS="1",
         VLLM_DO_NOT_TRACK="1",
+        VLLM_MEDIA_URL_ALLOW_REDIRECTS="0",
         VLLM_PLUGINS="inferflux",
     )
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
@@ -63,6 +65,8 @@ def _command_line(options: EngineOptions, dtype: str) -> list[str]:
     line += ["--max-num-seqs", str(options.max_num_seqs)]
     line += ["--enable-auto-tool-choice", "--tool-call-parser", "hermes", "--enable-prompt-tokens-details"]
     line += ["--disable-uvicorn-access-log", "--scheduling-policy", "priority"]
+    # The gateway refuses media by address. Should one get here, it is of no domain that there is.
+    line += ["--allowed-media-domains", NO_DOMAIN]
     if options.max_model_len:
         line += ["--max-model-len", str(options.max_model_len)]
     if options.block_size:

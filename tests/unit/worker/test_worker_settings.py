@@ -49,6 +49,15 @@ def test_the_engine_is_told_how_it_is_spread() -> None:
     assert spread.parallelism.num_ranks == 6
 
 
+def test_ray_is_used_only_where_it_asks_who_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    with pytest.raises(ConfigError, match="set RAY_AUTH_MODE=token"):
+        settings(executor="ray")
+
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    assert settings(executor="ray", ray_address="head:6379").parallelism.ray_address == "head:6379"
+
+
 @pytest.mark.parametrize(
     ("more", "complaint"),
     [
