@@ -100,6 +100,13 @@ class FakePolicy(PolicyServiceServicer):
         self.audit += [json.loads(record) for record in request.records]
         return policy_pb.AppendAuditResponse()
 
+    def apply(self, document: dict[str, Any]) -> None:
+        """Push another policy document."""
+        revision = self.revision + 1
+        stage = policy_pb.POLICY_STAGE_LIVE
+        self.policy = policy_pb.PolicyRevision(revision=revision, document=json.dumps(document).encode(), stage=stage)
+        self.publish(revision)
+
     async def CreateKey(self, request, context) -> policy_pb.CreateKeyResponse:
         secret = request.secret or f"made-by-the-service-{len(self.keys)}"
         digest = hmac.digest(self._pepper, secret.encode(), hashlib.sha256)
