@@ -344,6 +344,38 @@ LIMIT_UNBOOKED = Gauge(
     registry=REGISTRY,
 )
 
+# --- planner ----------------------------------------------------------------------------------------------------------
+
+POOL_REPLICAS = Gauge(
+    "inferflux_pool_replicas",
+    "Workers of a pool by state (ready, starting), as the leading planner counts them.",
+    ("role", "model", "state"),
+    registry=REGISTRY,
+)
+POOL_TARGET = Gauge(
+    "inferflux_pool_target_replicas",
+    "Workers that a pool should have: what an autoscaler may follow.",
+    ("role", "model"),
+    registry=REGISTRY,
+)
+POOL_NEED = Gauge(
+    "inferflux_pool_needed_replicas",
+    "Workers that a pool needs at this moment, by what asks for them: rate, backlog, sequences, kv, latency.",
+    ("role", "model", "term"),
+    registry=REGISTRY,
+)
+PLANNER_LEADS = Gauge(
+    "inferflux_planner_leads",
+    "1 while this registry is the one that plans, else 0.",
+    registry=REGISTRY,
+)
+SCALINGS = Counter(
+    "inferflux_scalings",
+    "Changes of a pool's size by the planner, by direction (up, down) and result: done, failed.",
+    ("role", "model", "direction", "result"),
+    registry=REGISTRY,
+)
+
 # --- gateway ----------------------------------------------------------------------------------------------------------
 
 PHASES = Counter(

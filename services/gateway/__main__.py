@@ -41,6 +41,7 @@ from services.gateway.policy_documents import PolicyDocuments
 from services.gateway.policy_report import PolicyReporter, Trial
 from services.gateway.policy_views import PolicyViews
 from services.gateway.pool import Caller, Pool
+from services.gateway.pools_api import PoolsApi
 from services.gateway.reservations import Reservations
 from services.gateway.server import HttpServer, bind
 from services.gateway.settings import Settings
@@ -106,12 +107,9 @@ async def serve(settings: Settings, sock: socket.socket, lifecycle: Lifecycle) -
         policy_api, audit_api = PolicyApi(documents, policy.reached), AuditApi(trail)
         cache = CacheApi(inference.auth, pool, partial(cache_salt, tenant_key))
         usage = UsageApi(limits_client, lambda: policy.value.live.limits if policy.value is not None else None)
-        app = create_app(
-            idempotency,
-            (admin, cache, policy_api, PolicyViews(documents, policy.reached), audit_api, usage),
-            pool.models,
-            lifecycle,
-        )
+        views, pools = PolicyViews(documents, policy.reached), PoolsApi(registry_channel)
+        apis = (admin, cache, policy_api, views, audit_api, usage, pools)
+        app = create_app(idempotency, apis, pool.models, lifecycle)
         _log.debug("routes", extra={"routes": app.routes()})
         lifecycle.add_readiness("policy", lambda: None if policy.value is not None else "not heard yet")
         lifecycle.add_readiness("workers", pool.objection)

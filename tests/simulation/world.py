@@ -25,6 +25,7 @@ from inferflux.v1.prefill_service_pb2_grpc import PrefillServiceStub
 from inferflux.worker.drain import Drain
 from inferflux.worker.leases import SessionLeases
 from inferflux.worker.main import Part
+from inferflux.worker.meter import Meter
 from inferflux.worker.prefixes import PrefixTally
 from inferflux.worker.progress import Progress
 from inferflux.worker.settings import WorkerSettings
@@ -161,6 +162,7 @@ class SimWorker:
             prefixes=prefixes,
             tally=PrefixTally() if prefixes is not None else None,
             progress=Progress(LoopClock(), 2.0),
+            meter=Meter(LoopClock()),
         )
         try:
             async with Tasks() as tasks:
