@@ -35,7 +35,7 @@ from services.gateway.idempotency import Idempotency, Records
 from services.gateway.inference import Inference
 from services.gateway.jwks import KeySources
 from services.gateway.limits_client import LimitsClient
-from services.gateway.policy import Policies, identity_of
+from services.gateway.policy import Policies, identity_of, limits_of
 from services.gateway.policy_api import PolicyApi
 from services.gateway.policy_documents import PolicyDocuments
 from services.gateway.policy_report import PolicyReporter, Trial
@@ -106,9 +106,16 @@ async def serve(settings: Settings, sock: socket.socket, lifecycle: Lifecycle) -
         admin = AdminApi(policy_client, policy.reached, FleetApi(Fleet(pool.workers)), pool.matrix)
         policy_api, audit_api = PolicyApi(documents, policy.reached), AuditApi(trail)
         cache = CacheApi(inference.auth, pool, partial(cache_salt, tenant_key))
-        usage = UsageApi(limits_client, lambda: policy.value.live.limits if policy.value is not None else None)
         views, pools = PolicyViews(documents, policy.reached), PoolsApi(registry_channel)
-        apis = (admin, cache, policy_api, views, audit_api, usage, pools)
+        apis = (
+            admin,
+            cache,
+            policy_api,
+            views,
+            audit_api,
+            pools,
+            UsageApi(limits_client, lambda: limits_of(policy.value)),
+        )
         app = create_app(idempotency, apis, pool.models, lifecycle)
         _log.debug("routes", extra={"routes": app.routes()})
         lifecycle.add_readiness("policy", lambda: None if policy.value is not None else "not heard yet")
