@@ -35,7 +35,7 @@ from services.gateway.idempotency import Idempotency, Records
 from services.gateway.inference import Inference
 from services.gateway.jwks import KeySources
 from services.gateway.limits_client import LimitsClient
-from services.gateway.policy import Policies, identity_of
+from services.gateway.policy import Policies, identity_of, limits_of
 from services.gateway.policy_api import PolicyApi
 from services.gateway.policy_documents import PolicyDocuments
 from services.gateway.policy_report import PolicyReporter, Trial
@@ -105,7 +105,7 @@ async def serve(settings: Settings, sock: socket.socket, lifecycle: Lifecycle) -
         admin = AdminApi(policy_client, policy.reached, FleetApi(Fleet(pool.workers)), pool.matrix)
         documents_apis = PolicyApi(documents, policy.reached), PolicyViews(documents, policy.reached), AuditApi(trail)
         cache = CacheApi(inference.auth, pool, partial(cache_salt, tenant_key))
-        usage = UsageApi(limits_client, lambda: policy.value.live.limits if policy.value is not None else None)
+        usage = UsageApi(limits_client, lambda: limits_of(policy.value))
         apis = (admin, cache, *documents_apis, usage, PoolsApi(registry_channel))
         app = create_app(idempotency, apis, pool.models, lifecycle)
         lifecycle.add_readiness("policy", lambda: None if policy.value is not None else "not heard yet")

@@ -61,9 +61,9 @@ def headers(error: InferfluxError) -> RawHeaders:
         extra.append((b"www-authenticate", b"Bearer"))
     if isinstance(error, MethodNotAllowed):
         extra.append((b"allow", error.allowed.encode()))
-    if error.is_retryable or error.retry_after_s is not None:
+    is_own = isinstance(error, LimitExceeded)
+    if is_own or error.is_retryable or error.retry_after_s is not None:
         # Not the same for all: who was refused together must not come back together. A limit is a client's own.
-        is_own = isinstance(error, LimitExceeded)
         spread = 1.0 if is_own else random.uniform(1, MAX_SPREAD)  # noqa: S311 - spreads clients, guards nothing
         extra.append((b"retry-after", str(math.ceil((error.retry_after_s or 1) * spread)).encode()))
     return extra

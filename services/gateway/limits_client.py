@@ -7,6 +7,7 @@ from typing import Any
 
 import grpc
 
+from inferflux.errors import Internal
 from inferflux.policy.counting import Ask, Booking, Exchange, Refusal, Share
 from inferflux.policy.limits import Kind, Name, Scope
 from inferflux.rpc.client import translated_errors
@@ -43,7 +44,11 @@ class LimitsClient:
         )
         with translated_errors():
             answer = await self._stub.Reserve(request, timeout=EXCHANGE_TIMEOUT_S)
-        return _refusal(answer.refusal) if answer.HasField("refusal") else [_share(share) for share in answer.shares]
+        if answer.HasField("refusal"):
+            return _refusal(answer.refusal)
+        if len(answer.shares) != len(exchange.asks):
+            raise Internal(f"{len(answer.shares)} shares for {len(exchange.asks)} asks")
+        return [_share(share) for share in answer.shares]
 
     async def usage(self, tenant: str) -> list[CounterUsage]:
         """Read the counters of a tenant, or of all (empty)."""

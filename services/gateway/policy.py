@@ -83,6 +83,11 @@ def identity_of(policies: Policies | None, credential: bytes) -> Identity:
     return policies.choose(credential).identity if policies is not None else Identity()
 
 
+def limits_of(policies: Policies | None) -> Limits | None:
+    """Return the limits that are live."""
+    return policies.live.limits if policies is not None else None
+
+
 def compile_policy(source: Source) -> Policy:
     """Read a document and prepare it for requests. Raises PolicyInvalid."""
     document = parse(source.document)

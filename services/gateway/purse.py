@@ -29,7 +29,7 @@ from inferflux.policy.counting import (
 )
 from inferflux.policy.limits import MICRO, Limit, Name, Span, Unit
 
-MAX_REFUSAL_S = 0.25
+MIN_REFUSAL_S, MAX_REFUSAL_S = 0.01, 0.25
 """How long a refusal is believed without asking again; it spares the store those who do not wait."""
 SLOT_RETRY_S = 1.0
 IDLE_S = 2.0 * SHARE_S
@@ -182,7 +182,7 @@ class Purse:
     def refuse(self, need: int, refusal: Refusal, now: float) -> None:
         """Remember that the store refused."""
         self.refusal, self.refused_need = refusal, need
-        self.refused_until = now + min(refusal.wait_s, MAX_REFUSAL_S)
+        self.refused_until = now + min(max(refusal.wait_s, MIN_REFUSAL_S), MAX_REFUSAL_S)
         self.reset_at = now + refusal.reset_s
 
 
