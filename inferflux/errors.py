@@ -6,6 +6,7 @@
     |   +-- HeadersTooLarge       431
     |   +-- IdempotencyKeyReused  422
     |   +-- PolicyInvalid         400
+    |   +-- ContentPolicyViolation 400
     |   +-- RequestTimeout        408
     |       +-- SlowConsumer      408
     +-- Unauthenticated           401 UNAUTHENTICATED
@@ -16,6 +17,7 @@
     |   +-- NoWorker              503                      retryable
     |   +-- WorkerLost            503                      retryable
     |   +-- Draining              503                      retryable
+    |   +-- GuardrailUnavailable  503                      retryable
     |   +-- KvTransportDegraded   503                      retryable
     +-- DeadlineExceeded          504 DEADLINE_EXCEEDED
     +-- Conflict                  409 ABORTED
@@ -76,6 +78,12 @@ class PolicyInvalid(InvalidRequest):
     reason = "POLICY_INVALID"
 
 
+class ContentPolicyViolation(InvalidRequest):
+    """What was said is against a rule; the message names the rule, never the text."""
+
+    reason = "CONTENT_POLICY_VIOLATION"
+
+
 class RequestTimeout(InvalidRequest):
     reason, http_status, grpc_code = "REQUEST_TIMEOUT", 408, grpc.StatusCode.CANCELLED
 
@@ -114,6 +122,12 @@ class WorkerLost(Unavailable):
 
 class Draining(Unavailable):
     reason = "DRAINING"
+
+
+class GuardrailUnavailable(Unavailable):
+    """A rule that must be asked could not be asked in time."""
+
+    reason = "GUARDRAIL_UNAVAILABLE"
 
 
 class KvTransportDegraded(Unavailable):

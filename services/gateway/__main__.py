@@ -24,6 +24,7 @@ from services.gateway.cache import CacheApi
 from services.gateway.control import PolicyClient, RegistryClient
 from services.gateway.fleet import Fleet
 from services.gateway.fleet_api import FleetApi
+from services.gateway.guardrails.referees import Referees
 from services.gateway.idempotency import Idempotency, Records
 from services.gateway.inference import Inference
 from services.gateway.matrix import Matrix
@@ -46,6 +47,7 @@ async def serve(settings: Settings, sock: socket.socket, lifecycle: Lifecycle) -
     async with (
         open_channel(settings.policy_address, identity, "policy") as policy_channel,
         open_channel(settings.registry_address, identity, "registry") as registry_channel,
+        Referees(identity, settings.guardrails_address, settings.opa_url) as referees,
         Tasks() as tasks,
     ):
         policy_client = PolicyClient(policy_channel, settings.instance_id, tenant_key, verifier)
@@ -60,6 +62,7 @@ async def serve(settings: Settings, sock: socket.socket, lifecycle: Lifecycle) -
             limits=settings.body_limits,
             timeout_s=settings.request_timeout_s,
             access_log=LineLog("gateway", settings.instance_id, "request", __name__) if settings.access_log else None,
+            referees=referees,
         )
         idempotency = Idempotency(inference, Records(SystemClock(), settings.record_limits), tasks)
         fleet, matrix = FleetApi(Fleet(pool.workers)), Matrix(identity, pool.registered)

@@ -11,7 +11,7 @@ import re
 import secrets
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 from inferflux.errors import Draining, InferfluxError, InvalidRequest, Unavailable
@@ -25,6 +25,8 @@ from services.gateway.auth import Authenticator
 from services.gateway.call import Call
 from services.gateway.endpoints import ENDPOINTS, Endpoint
 from services.gateway.envelope import BodyLimits
+from services.gateway.guardrails.guard import Guard, Subject
+from services.gateway.guardrails.referees import Referees
 from services.gateway.lifeline import Lifeline
 from services.gateway.policy import Policies, Policy
 from services.gateway.pool import Pool
@@ -52,6 +54,7 @@ class Inference:
     limits: BodyLimits
     timeout_s: float
     access_log: LineLog | None
+    referees: Referees = field(default_factory=Referees)
 
     async def __call__(self, scope: AsgiScope, receive: Receive, send: Send) -> bool:
         """Answer one request; whatever happens, it ends in an answer, in one error, or without a client.
@@ -105,7 +108,7 @@ class Inference:
             raise failures.MethodNotAllowed("POST")
         headers = header_map(scope["headers"])
         principal = self.auth.authorize(headers, endpoint.scope)
-        policy = self._policy(headers)
+        policy = self.policy(headers)
         deadline_at = arrived_at + self._timeout_s(headers)
         body = await envelope.read_body(receive, headers, self.limits)
         known = envelope.parse(body, self.limits)
@@ -123,9 +126,24 @@ class Inference:
                 traceparent=span.traceparent,
             )
             async with Lifeline(receive, deadline_at):
+                await self.screen(call, reply)
                 await flow.serve(call, self.pool, reply)
 
-    def _policy(self, headers: Headers) -> Policy:
+    async def screen(self, call: Call, reply: Reply, num_seen: int = 0) -> None:
+        """Have guardrails look at the prompt, now, and at the answer, when it comes. Raises ContentPolicyViolation.
+
+        `num_seen`: events that the client has; the prompt was looked at when it asked for the first of them.
+        """
+        if (rules := call.policy.guardrails) is None:
+            return
+        call.guard = guard = Guard(rules, _subject(call), self.referees)
+        if not call.is_recalled:
+            call.http.body = await guard.admit(call.http.body)
+        if (output := guard.output(num_seen)) is not None:
+            reply.guard(output)
+            call.journal.num_events = 0  # what the client has of a recalled stream is looked at again, for what follows
+
+    def policy(self, headers: Headers) -> Policy:
         """Choose the policy of a client by its credential. Raises Unavailable."""
         policies = self.policies()
         if policies is None:
@@ -147,6 +165,11 @@ class Inference:
 def new_request_id() -> str:
     """Name a request; unique for the cluster, and nobody can guess another's."""
     return "req_" + secrets.token_hex(12)
+
+
+def _subject(call: Call) -> Subject:
+    texts, asker = call.endpoint.texts, call.principal
+    return Subject(call.endpoint.path, call.model, asker.tenant, asker.key_id, texts.ids, texts.stream)
 
 
 def _http_call(endpoint: Endpoint, scope: AsgiScope, headers: Headers, body: bytes) -> types_pb2.HttpCall:

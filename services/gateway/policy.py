@@ -15,11 +15,11 @@ from dataclasses import dataclass, field
 from inferflux.errors import PolicyInvalid
 from inferflux.policy.audit import AuditSection
 from inferflux.policy.document import EMPTY, PolicyDocument, parse
-from inferflux.policy.guardrails import GuardrailsSection
 from inferflux.policy.identity import IdentitySection
 from inferflux.policy.limits import LimitsSection
 from inferflux.telemetry import metrics
 from services.gateway.auth import KeyRing
+from services.gateway.guardrails.rules import Guardrails, compile_guardrails
 
 _SCALE = 1 << 64
 _log = logging.getLogger(__name__)
@@ -33,7 +33,7 @@ class Policy:
     document: PolicyDocument = field(default_factory=PolicyDocument)
     identity: IdentitySection | None = None
     limits: LimitsSection | None = None
-    guardrails: GuardrailsSection | None = None
+    guardrails: Guardrails | None = None
     audit: AuditSection | None = None
 
 
@@ -76,7 +76,7 @@ def compile_policy(source: Source) -> Policy:
         document=document,
         identity=document.identity,
         limits=document.limits,
-        guardrails=document.guardrails,
+        guardrails=compile_guardrails(document.guardrails),
         audit=document.audit,
     )
 

@@ -23,14 +23,14 @@ from services.gateway.account import Account
 from services.gateway.asgi import AsgiScope, Headers, Receive, Send, header_map
 from services.gateway.auth import Principal
 from services.gateway.call import Call
-from services.gateway.endpoints import ENDPOINTS, Endpoint, Kind, Scope
+from services.gateway.endpoints import ENDPOINTS, Endpoint, Kind, Scope, Texts
 from services.gateway.inference import Inference, new_request_id
 from services.gateway.lifeline import Lifeline
 from services.gateway.reply import Reply
 
 STREAMS = "/v1/streams/"
 LAST_EVENT_ID = b"last-event-id"
-_ENDPOINT = Endpoint("/v1/streams", Kind.GENERATE)
+_ENDPOINT = Endpoint("/v1/streams", Kind.GENERATE, Texts())
 _REQUEST_ID = re.compile(r"req_[0-9a-f]{24}")
 
 
@@ -58,11 +58,14 @@ class Resumption:
             raise NotFound("stream ids look like req_ and 24 hexadecimal digits, as in x-request-id")
         num_events = _num_events(headers)
         record = await self.inference.pool.recall(request_id, principal.tenant)
+        policy = self.inference.policy(headers)
         with tracing.start_span("resume", record.context.traceparent) as span:
             account.call = call = self._call(record, principal, num_events, span.traceparent)
+            call.policy = policy
             account.endpoint, reply.dialect = call.endpoint, call.endpoint.dialect
             metrics.STREAM_RESUME.inc()
             async with Lifeline(receive, call.deadline_at):
+                await self.inference.screen(call, reply, num_events)
                 await flow.serve(call, self.inference.pool, reply)
 
     def _call(self, record: decode_pb.RecallResponse, principal: Principal, num_events: int, traceparent: str) -> Call:
