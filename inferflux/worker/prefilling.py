@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from inferflux import failpoints
@@ -52,9 +53,12 @@ class Prefiller:
             if isinstance(result, HttpAnswer):
                 record.status = result.head.status
                 return result
-            # The session's stream may not be open yet: its tickets get the grace.
-            self._leases.touch(session_id)
-            prompts = tuple(self._prefilled(context, session_id, prompt) for prompt in result.prompts)
+            with self._handing_over(result) as computed:
+                if failpoints.ON:
+                    failpoints.hit("prefill.computed")
+                # The session's stream may not be open yet: its tickets get the grace.
+                self._leases.touch(session_id)
+                prompts = tuple(self._prefilled(context, session_id, prompt) for prompt in computed)
             if failpoints.ON:
                 failpoints.hit("ticket.issued")
             return Prompts(prompts, result.engine_s)
@@ -70,8 +74,11 @@ class Prefiller:
             if isinstance(result, HttpAnswer):
                 record.status = result.head.status
                 return result
-            slots = [slot for prompt in result.prompts for slot in self._adopted(prompt)]
+            slots: list[int] = []
             try:
+                with self._handing_over(result) as computed:
+                    for prompt in computed:
+                        slots += self._adopted(prompt)
                 named = self._prefixes.named(slots)
                 if pin:
                     self._pin(pin, named)
@@ -108,8 +115,6 @@ class Prefiller:
         with tracing.start_span("prefill", context.traceparent, attributes) as span:
             async with deadline(context.time_left_s):
                 result = await self._worker.engine.prefill(context, call)
-            if failpoints.ON:
-                failpoints.hit("prefill.computed")
             if isinstance(result, Prefilled):
                 for prompt in result.prompts:
                     self._tally.observe(prompt, self._block_size)
@@ -117,6 +122,17 @@ class Prefiller:
                 metrics.TOKENS.labels("prompt", self._worker.info.model).inc(num_tokens)
                 span.set("gen_ai.usage.input_tokens", num_tokens)
             return result
+
+    @contextmanager
+    def _handing_over(self, result: Prefilled) -> Iterator[Iterator[ComputedPrompt]]:
+        """Yield the prompts for somebody to take their slots over; those that nobody got to are freed."""
+        left = deque(result.prompts)
+        try:
+            yield (left.popleft() for _ in result.prompts)
+        finally:
+            for prompt in left:
+                with suppress(KvError):
+                    self._prefixes.release(self._adopted(prompt))
 
     def _adopted(self, prompt: ComputedPrompt) -> tuple[int, ...]:
         """The prompt's slots, held."""

@@ -33,7 +33,9 @@ class Progress:
     def _judge(self, load: EngineLoad) -> str | None:
         now = self._clock.monotonic()
         gap_s, self._seen_at = min(now - self._seen_at, MAX_GAP_S), now
-        if load.step != self._step or load.num_running + load.num_waiting == 0:
+        is_idle = load.num_running + load.num_waiting == 0
+        # An engine that was called wedged gets no more work; only a step says that it is well again.
+        if load.step != self._step or (is_idle and self.objection is None):
             self._step, self._stalled_s = load.step, 0.0
         else:
             self._stalled_s += gap_s

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import socket
 import sys
@@ -36,6 +37,9 @@ from services.gateway.server import HttpServer, bind
 from services.gateway.settings import Settings
 from services.gateway.snapshots import Snapshot
 from services.gateway.views import ClusterView
+
+KNOWN_S = 1.0
+"""Longest that a start waits for each of policy and registry, and for workers: without them it refuses with 503."""
 
 
 async def serve(settings: Settings, sock: socket.socket, lifecycle: Lifecycle) -> None:
@@ -75,6 +79,7 @@ async def serve(settings: Settings, sock: socket.socket, lifecycle: Lifecycle) -
         tasks.spawn(policy.follow(policy_client.watch), "policy")
         tasks.spawn(registry.follow(registry_client.watch), "registry")
         tasks.spawn(pool.watch_hearts(), "hearts")
+        await _get_to_know(policy, registry, pool)
         server = HttpServer(app, settings)
         serving = tasks.spawn(server.serve(sockets=[sock]), "http", may_return=True)
         await server.listening.wait()
@@ -82,6 +87,12 @@ async def serve(settings: Settings, sock: socket.socket, lifecycle: Lifecycle) -
         await lifecycle.draining.wait()
         server.drain()
         await serving
+
+
+async def _get_to_know(policy: Snapshot[Policies], registry: Snapshot[ClusterView], pool: Pool) -> None:
+    """Learn what there is before clients may come, if that can be had soon: they need not hear of our start."""
+    if all(await asyncio.gather(policy.reached(1, KNOWN_S), registry.reached(1, KNOWN_S))):
+        await pool.met(KNOWN_S)
 
 
 def _read_secret(path: Path) -> bytes:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import chain, count
 from types import TracebackType
@@ -263,6 +264,17 @@ class Pool:
             return "registry not heard yet"
         is_served = any(peer.link.heart.is_ready for peer in self._decodes.values())
         return None if is_served else "no decode worker is ready"
+
+    async def met(self, timeout_s: float) -> None:
+        """Wait until a decode worker is connected, unless the registry knows of none that is ready."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                while self._expects_decode() and self.objection() is not None:
+                    await self._inquest.news.next()
+
+    def _expects_decode(self) -> bool:
+        workers = self._view.workers if self._view else ()
+        return any(worker.role is Role.DECODE and worker.state is State.READY for worker in workers)
 
     async def watch_hearts(self) -> None:
         """Give up streams that went silent; run until cancelled."""

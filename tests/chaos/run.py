@@ -174,8 +174,9 @@ class Chaos:
         if fault.is_deadly and not record.is_void:
             for target in targets:
                 self._recover(target, record)
+        over_at = time.monotonic()  # a process that is stopped can give nothing back
         outcomes = await asyncio.gather(*tasks)
-        await self._judge_holdings(record, max(o.ended_at for o in outcomes))
+        await self._judge_holdings(record, max(over_at, *(o.ended_at for o in outcomes)))
         await self._judge(record, outcomes)
         self._judge_books(record, fault, outcomes)
         record.gaps = [gap for o in outcomes if o.ask.is_streamed and (gap := _gap_at(o, fault_at)) > 0]

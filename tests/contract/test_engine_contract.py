@@ -61,6 +61,13 @@ async def test_numerics_are_proven(engines: Engines) -> None:
     await engines.decode.check_numerics()
 
 
+SAMPLING: dict[str, dict[str, Any]] = {
+    "seeded": {"temperature": 0.9, "seed": 7},
+    "at-least": {"min_tokens": 5},
+    "stopped": {"stop": ["\n\n"], "stop_token_ids": [17], "min_tokens": 2, "temperature": 0.8, "top_p": 0.9, "seed": 3},
+}
+
+
 # --- prefill, then generate -------------------------------------------------------------------------------------------
 
 
@@ -102,8 +109,10 @@ def detokenize(token_ids: list[int]) -> HttpCall:
     return replace(completion(), path="/detokenize", body=json.dumps({"model": "m", "tokens": token_ids}).encode())
 
 
-async def test_a_seeded_response_from_a_ticket_equals_one_without(engines: Engines) -> None:
-    call = completion(temperature=0.9, seed=7)
+@pytest.mark.parametrize("how", SAMPLING.values(), ids=SAMPLING)
+async def test_sampling_from_a_ticket_equals_sampling_without(engines: Engines, how: dict[str, Any]) -> None:
+    """Prefill samples one token, so what the parameters say of the whole response must not trouble it."""
+    call = completion(**how)
 
     async with ticketed(engines, call) as sources:
         disaggregated = await ask(engines.decode, call, sources)

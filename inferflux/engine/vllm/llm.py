@@ -80,6 +80,7 @@ class PrefillPhase(Phase):
         if self.prompts:
             raise Conflict("prefill is over: the application asks for more after the first tokens (beams, tool turns)")
         params.n, params.max_tokens, params.stop = 1, 1, []
+        params.min_tokens = min(params.min_tokens, params.max_tokens)
         params.structured_outputs = None
         params.output_kind = RequestOutputKind.FINAL_ONLY
         return params
@@ -344,6 +345,7 @@ class TicketLLM(AsyncLLM):
         params.extra_args = transfer.without_client_values(params.extra_args)
         try:
             prompt, params = phase.salted(prompt), phase.params(request_id, prompt, params)
+            params._verify_args()  # noqa: SLF001 - the engine core does so too, and ends when they are wrong
         except InferfluxError as e:
             phase.refusal = e
             raise

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import logging
 import multiprocessing
 import os
 import signal
@@ -31,6 +32,7 @@ def register() -> None:
     advance_grammars()
     spare_generators_of_discarded_tokens()
     share_the_only_group()
+    die_with_the_input_thread()
 
 
 def die_with_parent() -> None:
@@ -41,6 +43,28 @@ def die_with_parent() -> None:
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent.pid:  # it died before prctl took effect
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die_with_the_input_thread() -> None:
+    """End an engine core whose input thread has died of a request that it can't read.
+
+    vLLM's core lives on without it and never hears anything again; the frontend notices only the death of a process.
+    """
+    from vllm.v1.engine.core import EngineCoreProc  # noqa: PLC0415
+
+    process_input = EngineCoreProc.process_input_sockets
+    if getattr(process_input, "_inferflux", False):
+        return
+
+    def process_input_or_die(self: Any, *args: Any, **kwargs: Any) -> None:
+        try:
+            process_input(self, *args, **kwargs)
+        except Exception:
+            logging.getLogger(__name__).exception("the engine core can't read its input any more")
+            os._exit(os.EX_SOFTWARE)
+
+    process_input_or_die._inferflux = True  # type: ignore[attr-defined]  # noqa: SLF001
+    EngineCoreProc.process_input_sockets = process_input_or_die
 
 
 def count_delivered_tokens_as_output() -> None:

@@ -111,7 +111,7 @@ def concrete(path: str) -> str:
 
 
 ALL_PATHS = (
-    *PUBLIC,
+    *sorted(PUBLIC),
     "/metrics",
     "/v1/models",
     "/v1/models/tiny",

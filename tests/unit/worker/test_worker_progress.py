@@ -71,5 +71,18 @@ def test_an_idle_engine_is_never_wedged() -> None:
     assert progress.observe(load(step=5)) is None
 
 
+def test_a_wedged_engine_is_not_well_again_because_its_requests_went_elsewhere() -> None:
+    """Only a step of its own says so; without one it becomes hopeless."""
+    clock = ManualClock()
+    progress = Progress(clock, wedged_after_s=2)
+    progress.observe(load(step=5))
+    pass_time(clock, progress, 3, load(step=5))
+
+    assert pass_time(clock, progress, 1, load(step=5, num_running=0)) is not None
+    assert pass_time(clock, progress, 1, load(step=5, num_running=0)) is not None
+    assert progress.is_hopeless
+    assert progress.observe(load(step=6, num_running=0)) is None
+
+
 def test_a_dead_engine_is_not_fit() -> None:
     assert Progress(ManualClock(), 2).observe(load(1, is_alive=False)) == "the engine is dead"
