@@ -9,6 +9,7 @@ from typing import Annotated, Optional
 import typer
 
 from inferflux.cli.failure import CliError, Exit
+from inferflux.cli.guardrails_commands import app as guardrails_app
 from inferflux.cli.output import Format, note
 from inferflux.cli.policy_commands import app as policy_app
 
@@ -28,6 +29,7 @@ app.add_typer(server_app, name="server")
 app.add_typer(admin_app, name="admin")
 app.add_typer(policy_app, name="policy")
 admin_app.add_typer(keys_app, name="api-keys")
+admin_app.add_typer(guardrails_app, name="guardrails")
 
 
 class EngineName(StrEnum):

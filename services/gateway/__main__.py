@@ -26,6 +26,7 @@ from services.gateway.control import PolicyClient, RegistryClient
 from services.gateway.fleet import Fleet
 from services.gateway.fleet_api import FleetApi
 from services.gateway.guardrails.referees import Referees
+from services.gateway.guardrails_api import GuardrailsApi
 from services.gateway.idempotency import Idempotency, Records
 from services.gateway.inference import Inference
 from services.gateway.matrix import Matrix
@@ -73,7 +74,8 @@ async def serve(settings: Settings, sock: socket.socket, lifecycle: Lifecycle) -
         admin = AdminApi(policy_client, policy.reached, fleet, matrix)
         policy_api = PolicyApi(PolicyDocuments(policy_channel), policy.reached)
         cache = CacheApi(inference.auth, pool, partial(cache_salt, tenant_key))
-        app = create_app(idempotency, (admin, cache, policy_api), pool.models, lifecycle)
+        guardrails = GuardrailsApi(lambda: policy.value, referees)
+        app = create_app(idempotency, (admin, cache, policy_api, guardrails), pool.models, lifecycle)
         lifecycle.add_readiness("policy", lambda: None if policy.value is not None else "not heard yet")
         lifecycle.add_readiness("workers", pool.objection)
         tasks.spawn(policy.follow(policy_client.watch), "policy")

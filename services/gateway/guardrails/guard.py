@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import orjson
 
-from inferflux.errors import ContentPolicyViolation, InferfluxError, Internal, InvalidRequest
+from inferflux.errors import ContentPolicyViolation, GuardrailUnavailable, InferfluxError, Internal, InvalidRequest
 from inferflux.policy.guardrails import (
     Action,
     EntitiesRule,
@@ -57,10 +57,10 @@ class Subject:
 
 
 class Guard:
-    """One request. `verdicts` are all there are on it so far."""
+    """One request. `verdicts` are all there are on it so far. `is_dry`: a trial, which is not counted."""
 
-    def __init__(self, rules: Guardrails, subject: Subject, referees: Referees) -> None:
-        self.verdicts = Verdicts()
+    def __init__(self, rules: Guardrails, subject: Subject, referees: Referees, *, is_dry: bool = False) -> None:
+        self.verdicts = Verdicts(is_counted=not is_dry)
         self._rules = rules
         self._subject = subject
         self._referees = referees
@@ -97,6 +97,25 @@ class Guard:
         texts.forget_tokens(whole)
         is_text = isinstance(document, dict) and list(document) == ["text"]
         return HttpAnswer(answer.head, document["text"].encode() if is_text else orjson.dumps(document))
+
+    async def try_on(self, side: Side, text: str) -> dict[str, Any]:
+        """Say what would become of a text; `unasked` is the error of a rule that gave no verdict."""
+        document, unasked = {"text": text}, None
+        checks, is_blocked = self._checks(side), False
+        try:
+            if checks is not None:
+                await self._judge(side, checks, list(texts.of_request(document)))
+        except ContentPolicyViolation:
+            is_blocked = True
+        except GuardrailUnavailable as e:
+            unasked = e.message
+        found = self.verdicts.documents()
+        return {
+            "action": max((verdict["action"] for verdict in found), key=list(Action).index, default=Action.ALLOW),
+            "text": None if is_blocked or unasked else document["text"],
+            "verdicts": found,
+            "unasked": unasked,
+        }
 
     def _checks(self, side: Side) -> Checks | None:
         return self._rules.checks(side, self._subject.tenant, self._subject.model)

@@ -42,7 +42,8 @@ class Verdict:
 class Verdicts:
     """All verdicts on one request: each rule counts once a side."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, is_counted: bool = True) -> None:
+        self._is_counted = is_counted
         self._all: dict[tuple[str, Side], Verdict] = {}
 
     def add(self, rule: Rule, side: Side, label: str) -> bool:
@@ -50,7 +51,8 @@ class Verdicts:
         if (rule.name, side) in self._all:
             return False
         self._all[rule.name, side] = Verdict(rule, side, label)
-        _counter(rule.name, rule.action, side).inc()
+        if self._is_counted:
+            _counter(rule.name, rule.action, side).inc()
         return True
 
     def documents(self) -> list[dict[str, Any]]:

@@ -117,17 +117,6 @@ def edited(text: str, edits: Iterable[Edit], begin: int = 0) -> str:
     return "".join(parts)
 
 
-def rule_names(matches: Iterable[Match]) -> list[str]:
-    """Return the names of the rules that matched, each once, in the order of their matches."""
-    return list(dict.fromkeys(m.rule.name for m in matches))
-
-
-def strictest(rules: Iterable[Rule]) -> Action:
-    """Return the strictest action of rules; ALLOW if there are none."""
-    order = list(Action)
-    return max((rule.action for rule in rules), key=order.index, default=Action.ALLOW)
-
-
 def _groups(matches: Sequence[Match]) -> Iterable[list[Match]]:
     """Put sorted matches that overlap, directly or through others, together."""
     group: list[Match] = []
