@@ -15,7 +15,7 @@ PYTEST := $(BIN)/pytest
 say = @printf '\n\033[1m==> %s\033[0m\n' "$(1)"
 
 .PHONY: help setup quickstart test test-unit test-contract test-integration test-e2e test-tools \
-        test-chaos test-simulation test-mutants lint type protos protos-check bench clean
+        test-chaos test-simulation test-security test-mutants lint type protos protos-check bench clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  \033[1m%-17s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -77,6 +77,10 @@ test-chaos: test-tools ## At least 200 proven faults in 12 minutes on the sim en
 test-simulation: setup ## Gateway, sessions and tickets in virtual time: 2,000 seeds (5 minutes on 2 cores); ARGS="--seed 7 -v" replays one
 	$(call say,simulation)
 	$(BIN)/python -m tests.simulation $(or $(ARGS),--seeds 0:2000)
+
+test-security: test-tools ## Attack a cluster: every route, forged tokens, smuggling, bombs, leaks, timing (3 minutes; npm for a certified provider)
+	$(call say,security)
+	$(PYTEST) tests/security $(ARGS)
 
 test-mutants: test-tools ## Failures of other systems in our code: tests must notice each
 	$(call say,mutants)

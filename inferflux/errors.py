@@ -19,6 +19,7 @@
     |   +-- Draining              503                      retryable
     |   +-- GuardrailUnavailable  503                      retryable
     |   +-- KvTransportDegraded   503                      retryable
+    |   +-- AuditUnavailable      503                      retryable
     +-- DeadlineExceeded          504 DEADLINE_EXCEEDED
     +-- Conflict                  409 ABORTED
     +-- PolicyPersistFailed       500 UNAVAILABLE          retryable
@@ -134,6 +135,12 @@ class KvTransportDegraded(Unavailable):
     """Prompts can't be computed where they should be, and decode workers may not or can't take them all."""
 
     reason = "DISTRIBUTED_KV_TRANSPORT_DEGRADED"
+
+
+class AuditUnavailable(Unavailable):
+    """What an administrator wants to do can't be written down, so it is not done."""
+
+    reason = "AUDIT_UNAVAILABLE"
 
 
 class DeadlineExceeded(InferfluxError):

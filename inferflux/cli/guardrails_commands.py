@@ -8,8 +8,9 @@ from typing import Annotated, Optional
 import typer
 
 from inferflux.cli.output import Format
+from inferflux.cli.policy_commands import view_app
 
-app = typer.Typer(help="Guardrails: what may be said.", no_args_is_help=True)
+app = view_app("guardrails", "Guardrails")
 
 
 class SideName(StrEnum):
@@ -17,11 +18,6 @@ class SideName(StrEnum):
 
     INPUT = "input"
     OUTPUT = "output"
-
-
-@app.callback()
-def group() -> None:
-    """Keep `test` a command of its own, as long as it is the only one."""
 
 
 @app.command("test")

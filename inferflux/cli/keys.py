@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any, Protocol, TypeVar
 from urllib.parse import quote
@@ -22,10 +22,11 @@ T = TypeVar("T")
 
 
 class Keys(Protocol):
-    """Where keys are managed. Documents have id, name, tenant, scopes, created_at, expires_at; a new one its secret."""
+    """Where keys are managed. Documents are those of the HTTP API; one of a new secret has it as its `secret`."""
 
     def list(self) -> list[Document]: ...
-    def create(self, name: str, scopes: Sequence[str], tenant: str, expires_at: int | None) -> Document: ...
+    def create(self, wanted: Document) -> Document: ...
+    def rotate(self, key_id: str, grace_s: float) -> Document: ...
     def revoke(self, key_id: str) -> None: ...
 
 
@@ -37,12 +38,14 @@ class HttpKeys:
             keys: list[Document] = api.get(PATH)["data"]
             return keys
 
-    def create(self, name: str, scopes: Sequence[str], tenant: str, expires_at: int | None) -> Document:
-        body: Document = {"name": name, "scopes": list(scopes)}
-        body |= {"tenant": tenant} if tenant else {}
-        body |= {"expires_at": expires_at} if expires_at else {}
+    def create(self, wanted: Document) -> Document:
         with Api() as api:
-            key: Document = api.post(PATH, body)
+            key: Document = api.post(PATH, wanted)
+            return key
+
+    def rotate(self, key_id: str, grace_s: float) -> Document:
+        with Api() as api:
+            key: Document = api.post(f"{PATH}/{quote(key_id, safe='')}/rotate", {"grace_s": grace_s})
             return key
 
     def revoke(self, key_id: str) -> None:
@@ -61,10 +64,15 @@ class LocalKeys:
 
         return operator.list_keys(self._home)
 
-    def create(self, name: str, scopes: Sequence[str], tenant: str, expires_at: int | None) -> Document:
+    def create(self, wanted: Document) -> Document:
         from inferflux.cli import operator  # noqa: PLC0415
 
-        return operator.create_key(self._home, name, scopes, tenant, expires_at)
+        return operator.create_key(self._home, **wanted)
+
+    def rotate(self, key_id: str, grace_s: float) -> Document:
+        from inferflux.cli import operator  # noqa: PLC0415
+
+        return operator.rotate_key(self._home, key_id, grace_s)
 
     def revoke(self, key_id: str) -> None:
         from inferflux.cli import operator  # noqa: PLC0415
@@ -83,18 +91,31 @@ def show(keys: Keys, output: Format) -> None:
     if output is Format.JSON:
         print_json({"object": "list", "data": documents})
         return
-    columns = ("id", "name", "tenant", "scopes", "created", "expires")
+    columns = ("id", "name", "tenant", "team", "scopes", "models", "created", "expires")
     print_table(columns, (row(d) for d in documents))
 
 
-def create(keys: Keys, name: str, scopes: Sequence[str], tenant: str, days: float | None, output: Format) -> None:
+def create(keys: Keys, wanted: Document, days: float | None, output: Format) -> None:
     """Create a key and print its secret, this once; in the table form alone on stdout, for `export KEY=$(...)`."""
-    expires_at = int(time.time() + days * 86400) if days else None
-    document = translate(lambda: keys.create(name, scopes, tenant, expires_at))
+    life = {"expires_at": int(time.time() + days * 86400)} if days else {}
+    given = {name: value for name, value in wanted.items() if value}
+    document = translate(lambda: keys.create(given | life))
+    granted = ", ".join([*document["scopes"], *document["roles"]])
+    _show_secret(document, f"created {document['id']} ({granted}); its secret is shown only now:", output)
+
+
+def rotate(keys: Keys, key_id: str, grace_s: float, output: Format) -> None:
+    """Give a key a new secret and print it, as `create` does."""
+    document = translate(lambda: keys.rotate(key_id, grace_s))
+    old = f"the old one works for another {grace_s:g} s" if grace_s else "the old one is dead"
+    _show_secret(document, f"rotated {key_id}; {old}. The new secret is shown only now:", output)
+
+
+def _show_secret(document: Document, text: str, output: Format) -> None:
     if output is Format.JSON:
         print_json(document)
         return
-    note(f"created {document['id']} ({', '.join(document['scopes'])}); its secret is shown only now:")
+    note(text)
     sys.stdout.write(document["secret"] + "\n")
 
 
@@ -119,9 +140,10 @@ def translate(action: Callable[[], T]) -> T:
 
 def row(document: Document) -> tuple[str, ...]:
     """Render a key for people."""
-    scopes = ", ".join(document["scopes"])
+    scopes = ", ".join([*document["scopes"], *document["roles"]])
+    models = "all" if document["models"] is None else ", ".join(document["models"]) or "none"
     created, expires = when(document.get("created_at")), when(document.get("expires_at")) or "never"
-    return document["id"], document["name"], document["tenant"], scopes, created, expires
+    return document["id"], document["name"], document["tenant"], document["team"], scopes, models, created, expires
 
 
 def when(epoch_s: int | None) -> str:

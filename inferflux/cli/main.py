@@ -8,10 +8,12 @@ from typing import Annotated, Optional
 
 import typer
 
+from inferflux.cli.audit_commands import app as audit_app
 from inferflux.cli.failure import CliError, Exit
 from inferflux.cli.guardrails_commands import app as guardrails_app
 from inferflux.cli.output import Format, note
 from inferflux.cli.policy_commands import app as policy_app
+from inferflux.cli.policy_commands import view_app
 
 HELP = """InferFlux: disaggregated LLM serving on this machine or elsewhere.
 
@@ -28,7 +30,10 @@ keys_app = typer.Typer(help="API keys.", no_args_is_help=True)
 app.add_typer(server_app, name="server")
 app.add_typer(admin_app, name="admin")
 app.add_typer(policy_app, name="policy")
+app.add_typer(audit_app, name="audit")
 admin_app.add_typer(keys_app, name="api-keys")
+for view, title in (("rate_limit", "Rate limits"), ("budgets", "Budgets")):
+    admin_app.add_typer(view_app(view, title), name=view.replace("_", "-"))
 admin_app.add_typer(guardrails_app, name="guardrails")
 
 
@@ -280,8 +285,17 @@ def keys_list(local: Local = False, output: Output = Format.TABLE) -> None:
 @keys_app.command("create")
 def keys_create(
     name: Annotated[str, typer.Argument(help="What it is for.")],
-    scope: Annotated[list[ScopeName], typer.Option(help="May be given several times.")] = [ScopeName.GENERATE],  # noqa: B006
+    scope: Annotated[
+        Optional[list[ScopeName]],  # noqa: UP045
+        typer.Option(help="May be given several times; default: generate, or none with --role."),
+    ] = None,
+    role: Annotated[Optional[list[str]], typer.Option(help="A role of the policy; also several times.")] = None,  # noqa: UP045
     tenant: Annotated[str, typer.Option(help="Whom its use is counted for.")] = "",
+    team: Annotated[str, typer.Option(help="Part of the tenant.")] = "",
+    model: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(help="The only model or adapter it may use; also several times, and with * at the end."),
+    ] = None,
     days: Annotated[Optional[float], typer.Option(min=0.0, help="Life; default: for ever.")] = None,  # noqa: UP045
     local: Local = False,
     output: Output = Format.TABLE,
@@ -289,7 +303,24 @@ def keys_create(
     """Create a key and print it, this once."""
     from inferflux.cli import keys  # noqa: PLC0415
 
-    keys.create(keys.open_keys(is_local=local), name, [str(s) for s in scope], tenant, days, output)
+    scopes = [str(s) for s in scope or ([] if role else [ScopeName.GENERATE])]
+    wanted = {"name": name, "scopes": scopes, "roles": role, "tenant": tenant, "team": team, "models": model}
+    keys.create(keys.open_keys(is_local=local), wanted, days, output)
+
+
+@keys_app.command("rotate")
+def keys_rotate(
+    key_id: Annotated[str, typer.Argument(help="As in `list`.")],
+    grace: Annotated[
+        float, typer.Option(min=0.0, metavar="SECONDS", help="How long the old secret works, too.")
+    ] = 3600.0,
+    local: Local = False,
+    output: Output = Format.TABLE,
+) -> None:
+    """Give a key a new secret and print it, this once."""
+    from inferflux.cli import keys  # noqa: PLC0415
+
+    keys.rotate(keys.open_keys(is_local=local), key_id, grace, output)
 
 
 @keys_app.command("revoke")

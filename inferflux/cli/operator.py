@@ -27,13 +27,31 @@ def list_keys(home: Home) -> list[dict[str, Any]]:
 
 
 def create_key(
-    home: Home, name: str, scopes: Sequence[str], tenant: str = "", expires_at: int | None = None
+    home: Home,
+    name: str,
+    scopes: Sequence[str] = (),
+    tenant: str = "",
+    expires_at: int | None = None,
+    team: str = "",
+    roles: Sequence[str] = (),
+    models: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """Create a key; the document has its `secret`, which exists nowhere else. `expires_at`: seconds since 1970."""
-    request = pb.CreateKeyRequest(name=name, tenant=tenant, scopes=[SCOPES[scope] for scope in scopes])
+    granted = [SCOPES[scope] for scope in scopes]
+    request = pb.CreateKeyRequest(name=name, tenant=tenant, team=team, scopes=granted, roles=roles)
+    if models is not None:
+        request.models.names.extend(models)
     if expires_at is not None:
         request.expires_at.FromSeconds(expires_at)
     reply = call(home, lambda stub: stub.CreateKey(request, timeout=TIMEOUT_S))
+    return {**to_document(reply.key), "secret": reply.secret}
+
+
+def rotate_key(home: Home, key_id: str, grace_s: float) -> dict[str, Any]:
+    """Give a key a new secret; the document has it as its `secret`."""
+    request = pb.RotateKeyRequest(key_id=key_id)
+    request.grace.FromMilliseconds(int(grace_s * 1000))
+    reply = call(home, lambda stub: stub.RotateKey(request, timeout=TIMEOUT_S))
     return {**to_document(reply.key), "secret": reply.secret}
 
 
@@ -77,4 +95,8 @@ def to_document(record: pb.KeyRecord) -> dict[str, Any]:
         "scopes": [SCOPE_NAMES[scope] for scope in record.scopes if scope in SCOPE_NAMES],
         "created_at": int(record.created_at.seconds),
         "expires_at": int(record.expires_at.seconds) if record.HasField("expires_at") else None,
+        "team": record.team,
+        "roles": list(record.roles),
+        "models": list(record.models.names) if record.HasField("models") else None,
+        "previous_expires_at": int(record.previous_until.seconds) if record.HasField("previous_until") else None,
     }

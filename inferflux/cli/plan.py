@@ -89,7 +89,12 @@ class ProcessSpec:
 def plan(options: ClusterOptions, home: Home, cores: Sequence[int], environ: Mapping[str, str]) -> list[ProcessSpec]:
     """List the processes in the order in which they start. Raises ConfigError when socket paths get too long."""
     redis_url = environ.get("INFERFLUX_REDIS_URL", "")
-    base = DRAIN | {k: v for k, v in environ.items() if k not in PRIVATE} | common_env(home, options)
+    base = (
+        DRAIN
+        | {"INFERFLUX_LOG_LEVEL": options.log_level}
+        | {k: v for k, v in environ.items() if k not in PRIVATE}
+        | common_env(home)
+    )
     stores = {"INFERFLUX_REDIS_URL": redis_url or f"unix://{redis_socket(home)}"}
     keys = {k: environ[k] for k in ("INFERFLUX_API_KEYS",) if k in environ}
     return [
@@ -107,7 +112,7 @@ def gateways(options: ClusterOptions, home: Home, base: Mapping[str, str]) -> li
     return [service("gateway", i, home, env | {"INFERFLUX_HTTP_PORT": str(p)}) for i, p in enumerate(options.ports)]
 
 
-def common_env(home: Home, options: ClusterOptions) -> dict[str, str]:
+def common_env(home: Home) -> dict[str, str]:
     """Build what every process is told."""
     return {
         "INFERFLUX_HOME": str(home.root),
@@ -116,7 +121,6 @@ def common_env(home: Home, options: ClusterOptions) -> dict[str, str]:
         "INFERFLUX_RUN_DIR": str(home.run),
         "INFERFLUX_POLICY_ADDRESS": home.socket("policy"),
         "INFERFLUX_REGISTRY_ADDRESS": home.socket("registry"),
-        "INFERFLUX_LOG_LEVEL": options.log_level,
         "INFERFLUX_PDEATHSIG": "1",
     }
 

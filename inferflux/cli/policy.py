@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 import sys
 import tomllib
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from inferflux.cli.api import Api
 from inferflux.cli.failure import CliError, Exit
 from inferflux.cli.keys import when
-from inferflux.cli.output import Format, note, print_json
+from inferflux.cli.output import Format, note, print_json, print_table
 
-PATH = "/v1/admin/policy"
+ADMIN = "/v1/admin"
+PATH = f"{ADMIN}/policy"
 Document = dict[str, Any]
 
 
@@ -86,3 +87,145 @@ def read_document(file: str) -> Document:
     if not isinstance(document, dict):
         raise CliError(f"{file} holds no JSON object", Exit.USAGE)
     return document
+
+
+def diff(what: str, against: str | None, output: Format) -> None:
+    """Show what a document, or a revision, changes in another one; by default in the one in force."""
+    from inferflux.policy.diff import diff as compare  # noqa: PLC0415 - inferctl starts fast
+
+    with Api() as api:
+        after = _resolve(api, what)
+        before = api.get(PATH)["document"] if against is None else _resolve(api, against)
+    show_changes([asdict(change) for change in compare(before, after)], output)
+
+
+def validate(file: str, output: Format) -> None:
+    """Have a document checked without applying it, and show what it would change."""
+    with Api() as api:
+        answer = api.post(f"{PATH}/validate", {"document": read_document(file)})
+    if output is Format.JSON:
+        print_json(answer)
+        return
+    note("the document is valid")
+    show_changes(answer["changes"], output)
+
+
+def promote(terms: Terms, output: Format) -> None:
+    """Let what is being tried get further."""
+    with Api() as api:
+        report(api.post(f"{PATH}/promote", terms.body()), output)
+
+
+def rollback(revision: int | None, reason: str, expect: int | None, output: Format) -> None:
+    """Go back to a revision; by default to the live one before the last, or away from what is being tried."""
+    with Api() as api:
+        number = _previous(api) if revision is None else revision
+        body: Document = {"revision": number, "reason": reason or f"back to {number}"}
+        report(api.post(f"{PATH}/rollback", body | ({} if expect is None else {"expected_revision": expect})), output)
+
+
+def history(limit: int, output: Format) -> None:
+    """List revisions, newest first."""
+    with Api() as api:
+        answer = api.get(f"{PATH}/revisions?limit={limit}")
+    if output is Format.JSON:
+        print_json(answer)
+        return
+    columns = ("revision", "stage", "share", "author", "when", "changes", "reason")
+    print_table(columns, (_row(revision) for revision in answer["data"]))
+
+
+def status(output: Format) -> None:
+    """Show which gateway uses which revision."""
+    with Api() as api:
+        answer = api.get(f"{PATH}/status")
+    if output is Format.JSON:
+        print_json(answer)
+        return
+    note(f"newest revision {answer['revision']}")
+    columns = ("gateway", "revision", "behind for", "policy", "trying", "reported")
+    print_table(columns, (_replica(replica) for replica in answer["data"]))
+
+
+def get_view(name: str, output: Format) -> None:
+    """Print a part of the document."""
+    with Api() as api:
+        answer = api.get(f"{ADMIN}/{name}")
+    if output is Format.JSON:
+        print_json(answer)
+    elif answer["value"] is None:
+        note("nothing is set: nothing is restricted")
+    else:
+        print_json(answer["value"])
+
+
+def set_view(name: str, file: str, reason: str, expect: int | None, output: Format) -> None:
+    """Replace a part of the document."""
+    body: Document = {"value": read_document(file), "reason": reason}
+    with Api() as api:
+        answer = api.put(f"{ADMIN}/{name}", body | ({} if expect is None else {"expected_revision": expect}))
+    _said(answer, output)
+
+
+def delete_view(name: str, output: Format) -> None:
+    """Take a part out of the document."""
+    with Api() as api:
+        _said(api.delete(f"{ADMIN}/{name}"), output)
+
+
+def _said(answer: Document, output: Format) -> None:
+    if output is Format.JSON:
+        print_json(answer)
+    else:
+        note(f"revision {answer['revision']}, live")
+
+
+def show_changes(changes: list[Document], output: Format) -> None:
+    """Print differences: + added, - removed, ~ changed."""
+    if output is Format.JSON:
+        print_json({"object": "list", "data": changes})
+        return
+    if not changes:
+        note("no difference")
+    signs = {"added": "+", "removed": "-", "changed": "~"}
+    rows = ((signs[c["kind"]], c["path"], _brief(c["before"]), _brief(c["after"])) for c in changes)
+    if changes:
+        print_table(("", "path", "before", "after"), rows)
+
+
+def _resolve(api: Api, what: str) -> Document:
+    """Read the document of a revision number or of a file."""
+    if what.isdecimal():
+        document: Document = api.get(f"{PATH}/revisions/{what}")["document"]
+        return document
+    return read_document(what)
+
+
+def _previous(api: Api) -> int:
+    """Find what to go back to: the live revision while something is being tried, else the one before it."""
+    state = api.get(PATH)
+    if state["candidate"]:
+        return int(state["revision"])
+    revisions = api.get(f"{PATH}/revisions?limit=1000")["data"]
+    older = [r for r in revisions if r["stage"] == "live" and r["revision"] < state["revision"]]
+    if not older:
+        raise CliError("there is no earlier revision")
+    return int(older[0]["revision"])
+
+
+def _row(revision: Document) -> tuple[str, ...]:
+    share = f"{revision['share']:.0%}" if revision["share"] else ""
+    changes = ", ".join(change["path"] for change in revision["changes"][:4])
+    more = f" and {len(revision['changes']) - 4} more" if len(revision["changes"]) > 4 else ""
+    made = revision["author"], when(revision["created_at"])
+    return str(revision["revision"]), revision["stage"], share, *made, changes + more, revision["reason"]
+
+
+def _replica(replica: Document) -> tuple[str, ...]:
+    trying = str(replica["candidate_revision"] or "") + (" (refused)" if replica["is_candidate_refused"] else "")
+    lag, age = f"{replica['lag_s']:.1f} s" if replica["lag_s"] else "", f"{replica['age_s']:.0f} s ago"
+    return replica["gateway_id"], str(replica["revision"]), lag, str(replica["policy_revision"]), trying, age
+
+
+def _brief(value: object) -> str:
+    return "" if value is None else json.dumps(value)[:80]

@@ -104,6 +104,18 @@ CANCELLED = Counter(
     ("phase",),
     registry=REGISTRY,
 )
+JWTS = Counter(
+    "inferflux_jwt",
+    "Tokens of issuers that were looked at and not known yet, by result: verified, or what is wrong with them.",
+    ("result",),
+    registry=REGISTRY,
+)
+JWKS_FETCHES = Counter(
+    "inferflux_jwks_fetches",
+    "Fetches of the public keys of token issuers, by result (ok, failed).",
+    ("result",),
+    registry=REGISTRY,
+)
 REJECT = Counter(
     "inferflux_reject",
     "Requests refused before any work, by error reason.",
@@ -256,10 +268,37 @@ STORE_UP = Gauge(
     registry=REGISTRY,
 )
 
+POLICY_LAG = Gauge(
+    "inferflux_policy_lag_seconds",
+    "For how long there has been a newer policy revision than a gateway uses, in seconds, by gateway.",
+    ("gateway",),
+    registry=REGISTRY,
+)
+POLICY_SNAPSHOT_AGE = Gauge(
+    "inferflux_policy_snapshot_age_seconds",
+    "Time since a gateway last heard of the policy service, in seconds.",
+    registry=REGISTRY,
+)
 POLICY_REFUSED = Counter(
     "inferflux_policy_refused",
     "Policies that a gateway did not use and kept the last good one, by why: signature, document.",
     ("reason",),
+    registry=REGISTRY,
+)
+
+AUDIT_RECORDS = Counter(
+    "inferflux_audit_records",
+    "Records written to the audit log of a policy service, heads among them.",
+    registry=REGISTRY,
+)
+AUDIT_SPOOL_BYTES = Gauge(
+    "inferflux_audit_spool_bytes",
+    "Audit records on a gateway's disk that wait for the policy service, in bytes.",
+    registry=REGISTRY,
+)
+AUDIT_DROPPED = Counter(
+    "inferflux_audit_dropped",
+    "Audit records of requests that a gateway lost, since the policy service was away and its own disk full.",
     registry=REGISTRY,
 )
 

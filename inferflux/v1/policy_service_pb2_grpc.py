@@ -55,6 +55,11 @@ class PolicyServiceStub:
                 request_serializer=inferflux_dot_v1_dot_policy__service__pb2.RevokeKeyRequest.SerializeToString,
                 response_deserializer=inferflux_dot_v1_dot_policy__service__pb2.RevokeKeyResponse.FromString,
                 _registered_method=True)
+        self.RotateKey = channel.unary_unary(
+                '/inferflux.v1.PolicyService/RotateKey',
+                request_serializer=inferflux_dot_v1_dot_policy__service__pb2.RotateKeyRequest.SerializeToString,
+                response_deserializer=inferflux_dot_v1_dot_policy__service__pb2.RotateKeyResponse.FromString,
+                _registered_method=True)
         self.GetPolicy = channel.unary_unary(
                 '/inferflux.v1.PolicyService/GetPolicy',
                 request_serializer=inferflux_dot_v1_dot_policy__service__pb2.GetPolicyRequest.SerializeToString,
@@ -74,6 +79,26 @@ class PolicyServiceStub:
                 '/inferflux.v1.PolicyService/RollbackPolicy',
                 request_serializer=inferflux_dot_v1_dot_policy__service__pb2.RollbackPolicyRequest.SerializeToString,
                 response_deserializer=inferflux_dot_v1_dot_policy__service__pb2.RollbackPolicyResponse.FromString,
+                _registered_method=True)
+        self.ReportPolicy = channel.unary_unary(
+                '/inferflux.v1.PolicyService/ReportPolicy',
+                request_serializer=inferflux_dot_v1_dot_policy__service__pb2.ReportPolicyRequest.SerializeToString,
+                response_deserializer=inferflux_dot_v1_dot_policy__service__pb2.ReportPolicyResponse.FromString,
+                _registered_method=True)
+        self.ListReplicas = channel.unary_unary(
+                '/inferflux.v1.PolicyService/ListReplicas',
+                request_serializer=inferflux_dot_v1_dot_policy__service__pb2.ListReplicasRequest.SerializeToString,
+                response_deserializer=inferflux_dot_v1_dot_policy__service__pb2.ListReplicasResponse.FromString,
+                _registered_method=True)
+        self.AppendAudit = channel.unary_unary(
+                '/inferflux.v1.PolicyService/AppendAudit',
+                request_serializer=inferflux_dot_v1_dot_policy__service__pb2.AppendAuditRequest.SerializeToString,
+                response_deserializer=inferflux_dot_v1_dot_policy__service__pb2.AppendAuditResponse.FromString,
+                _registered_method=True)
+        self.ListAudit = channel.unary_unary(
+                '/inferflux.v1.PolicyService/ListAudit',
+                request_serializer=inferflux_dot_v1_dot_policy__service__pb2.ListAuditRequest.SerializeToString,
+                response_deserializer=inferflux_dot_v1_dot_policy__service__pb2.ListAuditResponse.FromString,
                 _registered_method=True)
 
 
@@ -109,6 +134,13 @@ class PolicyServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def RotateKey(self, request, context):
+        """Gives a key a new secret, which is in this answer and nowhere else. Callers: operator, gateway.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetPolicy(self, request, context):
         """Reads the policy document, or what it was. Callers: operator, gateway.
         """
@@ -137,6 +169,34 @@ class PolicyServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ReportPolicy(self, request, context):
+        """Tells which revisions a gateway uses and how requests fare under them. Callers: gateway.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListReplicas(self, request, context):
+        """Lists the gateways that report to this replica. Callers: operator, gateway.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def AppendAudit(self, request, context):
+        """Writes records to the audit log; they are on disk when it answers. Idempotent by record id. Callers: gateway.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListAudit(self, request, context):
+        """Searches the audit log of this replica. Callers: operator, gateway.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_PolicyServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -160,6 +220,11 @@ def add_PolicyServiceServicer_to_server(servicer, server):
                     request_deserializer=inferflux_dot_v1_dot_policy__service__pb2.RevokeKeyRequest.FromString,
                     response_serializer=inferflux_dot_v1_dot_policy__service__pb2.RevokeKeyResponse.SerializeToString,
             ),
+            'RotateKey': grpc.unary_unary_rpc_method_handler(
+                    servicer.RotateKey,
+                    request_deserializer=inferflux_dot_v1_dot_policy__service__pb2.RotateKeyRequest.FromString,
+                    response_serializer=inferflux_dot_v1_dot_policy__service__pb2.RotateKeyResponse.SerializeToString,
+            ),
             'GetPolicy': grpc.unary_unary_rpc_method_handler(
                     servicer.GetPolicy,
                     request_deserializer=inferflux_dot_v1_dot_policy__service__pb2.GetPolicyRequest.FromString,
@@ -179,6 +244,26 @@ def add_PolicyServiceServicer_to_server(servicer, server):
                     servicer.RollbackPolicy,
                     request_deserializer=inferflux_dot_v1_dot_policy__service__pb2.RollbackPolicyRequest.FromString,
                     response_serializer=inferflux_dot_v1_dot_policy__service__pb2.RollbackPolicyResponse.SerializeToString,
+            ),
+            'ReportPolicy': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReportPolicy,
+                    request_deserializer=inferflux_dot_v1_dot_policy__service__pb2.ReportPolicyRequest.FromString,
+                    response_serializer=inferflux_dot_v1_dot_policy__service__pb2.ReportPolicyResponse.SerializeToString,
+            ),
+            'ListReplicas': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListReplicas,
+                    request_deserializer=inferflux_dot_v1_dot_policy__service__pb2.ListReplicasRequest.FromString,
+                    response_serializer=inferflux_dot_v1_dot_policy__service__pb2.ListReplicasResponse.SerializeToString,
+            ),
+            'AppendAudit': grpc.unary_unary_rpc_method_handler(
+                    servicer.AppendAudit,
+                    request_deserializer=inferflux_dot_v1_dot_policy__service__pb2.AppendAuditRequest.FromString,
+                    response_serializer=inferflux_dot_v1_dot_policy__service__pb2.AppendAuditResponse.SerializeToString,
+            ),
+            'ListAudit': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListAudit,
+                    request_deserializer=inferflux_dot_v1_dot_policy__service__pb2.ListAuditRequest.FromString,
+                    response_serializer=inferflux_dot_v1_dot_policy__service__pb2.ListAuditResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -301,6 +386,33 @@ class PolicyService:
             _registered_method=True)
 
     @staticmethod
+    def RotateKey(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/inferflux.v1.PolicyService/RotateKey',
+            inferflux_dot_v1_dot_policy__service__pb2.RotateKeyRequest.SerializeToString,
+            inferflux_dot_v1_dot_policy__service__pb2.RotateKeyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def GetPolicy(request,
             target,
             options=(),
@@ -398,6 +510,114 @@ class PolicyService:
             '/inferflux.v1.PolicyService/RollbackPolicy',
             inferflux_dot_v1_dot_policy__service__pb2.RollbackPolicyRequest.SerializeToString,
             inferflux_dot_v1_dot_policy__service__pb2.RollbackPolicyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReportPolicy(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/inferflux.v1.PolicyService/ReportPolicy',
+            inferflux_dot_v1_dot_policy__service__pb2.ReportPolicyRequest.SerializeToString,
+            inferflux_dot_v1_dot_policy__service__pb2.ReportPolicyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListReplicas(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/inferflux.v1.PolicyService/ListReplicas',
+            inferflux_dot_v1_dot_policy__service__pb2.ListReplicasRequest.SerializeToString,
+            inferflux_dot_v1_dot_policy__service__pb2.ListReplicasResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def AppendAudit(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/inferflux.v1.PolicyService/AppendAudit',
+            inferflux_dot_v1_dot_policy__service__pb2.AppendAuditRequest.SerializeToString,
+            inferflux_dot_v1_dot_policy__service__pb2.AppendAuditResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListAudit(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/inferflux.v1.PolicyService/ListAudit',
+            inferflux_dot_v1_dot_policy__service__pb2.ListAuditRequest.SerializeToString,
+            inferflux_dot_v1_dot_policy__service__pb2.ListAuditResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -41,6 +41,8 @@ class PolicyServiceStub:
     """Lists keys without secrets. Callers: operator, gateway."""
     RevokeKey: _grpc.UnaryUnaryMultiCallable[_policy_service_pb2.RevokeKeyRequest, _policy_service_pb2.RevokeKeyResponse]
     """Revokes a key for ever. Callers: operator, gateway."""
+    RotateKey: _grpc.UnaryUnaryMultiCallable[_policy_service_pb2.RotateKeyRequest, _policy_service_pb2.RotateKeyResponse]
+    """Gives a key a new secret, which is in this answer and nowhere else. Callers: operator, gateway."""
     GetPolicy: _grpc.UnaryUnaryMultiCallable[_policy_service_pb2.GetPolicyRequest, _policy_service_pb2.GetPolicyResponse]
     """Reads the policy document, or what it was. Callers: operator, gateway."""
     ApplyPolicy: _grpc.UnaryUnaryMultiCallable[_policy_service_pb2.ApplyPolicyRequest, _policy_service_pb2.ApplyPolicyResponse]
@@ -49,6 +51,14 @@ class PolicyServiceStub:
     """Lists revisions, newest first. Callers: operator, gateway."""
     RollbackPolicy: _grpc.UnaryUnaryMultiCallable[_policy_service_pb2.RollbackPolicyRequest, _policy_service_pb2.RollbackPolicyResponse]
     """Makes the document of an earlier revision the newest revision. Callers: operator, gateway."""
+    ReportPolicy: _grpc.UnaryUnaryMultiCallable[_policy_service_pb2.ReportPolicyRequest, _policy_service_pb2.ReportPolicyResponse]
+    """Tells which revisions a gateway uses and how requests fare under them. Callers: gateway."""
+    ListReplicas: _grpc.UnaryUnaryMultiCallable[_policy_service_pb2.ListReplicasRequest, _policy_service_pb2.ListReplicasResponse]
+    """Lists the gateways that report to this replica. Callers: operator, gateway."""
+    AppendAudit: _grpc.UnaryUnaryMultiCallable[_policy_service_pb2.AppendAuditRequest, _policy_service_pb2.AppendAuditResponse]
+    """Writes records to the audit log; they are on disk when it answers. Idempotent by record id. Callers: gateway."""
+    ListAudit: _grpc.UnaryUnaryMultiCallable[_policy_service_pb2.ListAuditRequest, _policy_service_pb2.ListAuditResponse]
+    """Searches the audit log of this replica. Callers: operator, gateway."""
 
 @_typing.type_check_only
 class PolicyServiceAsyncStub(PolicyServiceStub):
@@ -63,6 +73,8 @@ class PolicyServiceAsyncStub(PolicyServiceStub):
     """Lists keys without secrets. Callers: operator, gateway."""
     RevokeKey: _aio.UnaryUnaryMultiCallable[_policy_service_pb2.RevokeKeyRequest, _policy_service_pb2.RevokeKeyResponse]  # type: ignore[assignment]
     """Revokes a key for ever. Callers: operator, gateway."""
+    RotateKey: _aio.UnaryUnaryMultiCallable[_policy_service_pb2.RotateKeyRequest, _policy_service_pb2.RotateKeyResponse]  # type: ignore[assignment]
+    """Gives a key a new secret, which is in this answer and nowhere else. Callers: operator, gateway."""
     GetPolicy: _aio.UnaryUnaryMultiCallable[_policy_service_pb2.GetPolicyRequest, _policy_service_pb2.GetPolicyResponse]  # type: ignore[assignment]
     """Reads the policy document, or what it was. Callers: operator, gateway."""
     ApplyPolicy: _aio.UnaryUnaryMultiCallable[_policy_service_pb2.ApplyPolicyRequest, _policy_service_pb2.ApplyPolicyResponse]  # type: ignore[assignment]
@@ -71,6 +83,14 @@ class PolicyServiceAsyncStub(PolicyServiceStub):
     """Lists revisions, newest first. Callers: operator, gateway."""
     RollbackPolicy: _aio.UnaryUnaryMultiCallable[_policy_service_pb2.RollbackPolicyRequest, _policy_service_pb2.RollbackPolicyResponse]  # type: ignore[assignment]
     """Makes the document of an earlier revision the newest revision. Callers: operator, gateway."""
+    ReportPolicy: _aio.UnaryUnaryMultiCallable[_policy_service_pb2.ReportPolicyRequest, _policy_service_pb2.ReportPolicyResponse]  # type: ignore[assignment]
+    """Tells which revisions a gateway uses and how requests fare under them. Callers: gateway."""
+    ListReplicas: _aio.UnaryUnaryMultiCallable[_policy_service_pb2.ListReplicasRequest, _policy_service_pb2.ListReplicasResponse]  # type: ignore[assignment]
+    """Lists the gateways that report to this replica. Callers: operator, gateway."""
+    AppendAudit: _aio.UnaryUnaryMultiCallable[_policy_service_pb2.AppendAuditRequest, _policy_service_pb2.AppendAuditResponse]  # type: ignore[assignment]
+    """Writes records to the audit log; they are on disk when it answers. Idempotent by record id. Callers: gateway."""
+    ListAudit: _aio.UnaryUnaryMultiCallable[_policy_service_pb2.ListAuditRequest, _policy_service_pb2.ListAuditResponse]  # type: ignore[assignment]
+    """Searches the audit log of this replica. Callers: operator, gateway."""
 
 class PolicyServiceServicer(metaclass=_abc_1.ABCMeta):
     """Keys and their scopes, pushed to gateways as snapshots."""
@@ -108,6 +128,14 @@ class PolicyServiceServicer(metaclass=_abc_1.ABCMeta):
         """Revokes a key for ever. Callers: operator, gateway."""
 
     @_abc_1.abstractmethod
+    def RotateKey(
+        self,
+        request: _policy_service_pb2.RotateKeyRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_policy_service_pb2.RotateKeyResponse, _abc.Awaitable[_policy_service_pb2.RotateKeyResponse]]:
+        """Gives a key a new secret, which is in this answer and nowhere else. Callers: operator, gateway."""
+
+    @_abc_1.abstractmethod
     def GetPolicy(
         self,
         request: _policy_service_pb2.GetPolicyRequest,
@@ -138,5 +166,37 @@ class PolicyServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_policy_service_pb2.RollbackPolicyResponse, _abc.Awaitable[_policy_service_pb2.RollbackPolicyResponse]]:
         """Makes the document of an earlier revision the newest revision. Callers: operator, gateway."""
+
+    @_abc_1.abstractmethod
+    def ReportPolicy(
+        self,
+        request: _policy_service_pb2.ReportPolicyRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_policy_service_pb2.ReportPolicyResponse, _abc.Awaitable[_policy_service_pb2.ReportPolicyResponse]]:
+        """Tells which revisions a gateway uses and how requests fare under them. Callers: gateway."""
+
+    @_abc_1.abstractmethod
+    def ListReplicas(
+        self,
+        request: _policy_service_pb2.ListReplicasRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_policy_service_pb2.ListReplicasResponse, _abc.Awaitable[_policy_service_pb2.ListReplicasResponse]]:
+        """Lists the gateways that report to this replica. Callers: operator, gateway."""
+
+    @_abc_1.abstractmethod
+    def AppendAudit(
+        self,
+        request: _policy_service_pb2.AppendAuditRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_policy_service_pb2.AppendAuditResponse, _abc.Awaitable[_policy_service_pb2.AppendAuditResponse]]:
+        """Writes records to the audit log; they are on disk when it answers. Idempotent by record id. Callers: gateway."""
+
+    @_abc_1.abstractmethod
+    def ListAudit(
+        self,
+        request: _policy_service_pb2.ListAuditRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_policy_service_pb2.ListAuditResponse, _abc.Awaitable[_policy_service_pb2.ListAuditResponse]]:
+        """Searches the audit log of this replica. Callers: operator, gateway."""
 
 def add_PolicyServiceServicer_to_server(servicer: PolicyServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

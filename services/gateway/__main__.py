@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import hmac
+import logging
 import os
 import socket
 import sys
@@ -20,25 +22,34 @@ from inferflux.rpc.mtls import Identity
 from inferflux.telemetry.logs import LineLog
 from services.gateway.admin import AdminApi
 from services.gateway.app import create_app
+from services.gateway.audit_api import AuditApi, AuditTrail
+from services.gateway.audited import Audit
+from services.gateway.auditor import Auditor
 from services.gateway.auth import Authenticator, cache_salt
 from services.gateway.cache import CacheApi
 from services.gateway.control import PolicyClient, RegistryClient
+from services.gateway.fetch import fetch_object
 from services.gateway.fleet import Fleet
 from services.gateway.fleet_api import FleetApi
 from services.gateway.guardrails.referees import Referees
 from services.gateway.guardrails_api import GuardrailsApi
 from services.gateway.idempotency import Idempotency, Records
 from services.gateway.inference import Inference
-from services.gateway.matrix import Matrix
-from services.gateway.policy import Policies
+from services.gateway.jwks import KeySources
+from services.gateway.policy import Policies, identity_of
 from services.gateway.policy_api import PolicyApi
 from services.gateway.policy_documents import PolicyDocuments
+from services.gateway.policy_report import PolicyReporter, Trial
+from services.gateway.policy_views import PolicyViews
 from services.gateway.pool import Caller, Pool
 from services.gateway.server import HttpServer, bind
 from services.gateway.settings import Settings
 from services.gateway.snapshots import Snapshot
+from services.gateway.spool import Spool
+from services.gateway.tokens import TokenVerifier
 from services.gateway.views import ClusterView
 
+_log = logging.getLogger(__name__)
 KNOWN_S = 1.0
 """Longest that a start waits for each of policy and registry, and for workers: without them it refuses with 503."""
 
@@ -57,30 +68,56 @@ async def serve(settings: Settings, sock: socket.socket, lifecycle: Lifecycle) -
     ):
         policy_client = PolicyClient(policy_channel, settings.instance_id, tenant_key, verifier)
         registry_client = RegistryClient(registry_channel, settings.instance_id)
-        policy = Snapshot[Policies]("policy")
+        spool = Spool(settings.spool_dir / f"{settings.instance_id}.jsonl", settings.audit_spool_bytes)
+        trail = AuditTrail(policy_channel, settings.instance_id)
+        auditor = Auditor(trail.append, spool, settings.instance_id, lifecycle.incarnation, SystemClock())
+        trial = Trial()
+        key_sources = KeySources(tasks, fetch_object, SystemClock())
+
+        def take(policies: Policies) -> None:
+            trial.begin(policies)
+            key_sources.reconcile(policies.issuers)
+
+        policy = Snapshot[Policies]("policy", take)
+        documents = PolicyDocuments(policy_channel, settings.instance_id)
         pool = Pool(caller, tasks, settings.terms)
         registry = Snapshot[ClusterView]("registry", pool.reconcile)
         inference = Inference(
-            auth=Authenticator(pepper, lambda: policy.value.keys if policy.value is not None else None),
+            auth=Authenticator(
+                pepper,
+                keyring=lambda: policy.value.keys if policy.value is not None else None,
+                identity=lambda credential: identity_of(policy.value, credential),
+                tokens=TokenVerifier(key_sources, partial(cache_salt, tenant_key)),
+            ),
             pool=pool,
             policies=lambda: policy.value,
             limits=settings.body_limits,
             timeout_s=settings.request_timeout_s,
+            trial=trial,
+            audit=Audit(auditor, hmac.digest(pepper, b"\1audit", "sha256")),
             access_log=LineLog("gateway", settings.instance_id, "request", __name__) if settings.access_log else None,
             referees=referees,
         )
         idempotency = Idempotency(inference, Records(SystemClock(), settings.record_limits), tasks)
-        fleet, matrix = FleetApi(Fleet(pool.workers)), Matrix(identity, pool.registered)
-        admin = AdminApi(policy_client, policy.reached, fleet, matrix)
-        policy_api = PolicyApi(PolicyDocuments(policy_channel), policy.reached)
+        admin = AdminApi(policy_client, policy.reached, FleetApi(Fleet(pool.workers)), pool.matrix)
+        policy_api, audit_api = PolicyApi(documents, policy.reached), AuditApi(trail)
         cache = CacheApi(inference.auth, pool, partial(cache_salt, tenant_key))
         guardrails = GuardrailsApi(lambda: policy.value, referees)
-        app = create_app(idempotency, (admin, cache, policy_api, guardrails), pool.models, lifecycle)
+        app = create_app(
+            idempotency,
+            (admin, cache, policy_api, PolicyViews(documents, policy.reached), audit_api, guardrails),
+            pool.models,
+            lifecycle,
+        )
+        _log.debug("routes", extra={"routes": app.routes()})
         lifecycle.add_readiness("policy", lambda: None if policy.value is not None else "not heard yet")
         lifecycle.add_readiness("workers", pool.objection)
         tasks.spawn(policy.follow(policy_client.watch), "policy")
+        tasks.spawn(PolicyReporter(policy, trial, documents.report, SystemClock()).run(), "policy report")
+        tasks.spawn(auditor.run(), "audit")
         tasks.spawn(registry.follow(registry_client.watch), "registry")
         tasks.spawn(pool.watch_hearts(), "hearts")
+        tasks.spawn(pool.matrix.scout(), "paths")
         await _get_to_know(policy, registry, pool)
         server = HttpServer(app, settings)
         serving = tasks.spawn(server.serve(sockets=[sock]), "http", may_return=True)
@@ -89,6 +126,7 @@ async def serve(settings: Settings, sock: socket.socket, lifecycle: Lifecycle) -
         await lifecycle.draining.wait()
         server.drain()
         await serving
+        await auditor.flush()
 
 
 async def _get_to_know(policy: Snapshot[Policies], registry: Snapshot[ClusterView], pool: Pool) -> None:

@@ -9,10 +9,13 @@ import asyncio
 from functools import cache
 from typing import Any
 
+from inferflux.errors import InferfluxError
 from inferflux.telemetry import metrics
 from inferflux.telemetry.logs import LineLog
+from services.gateway.auth import Principal
 from services.gateway.call import Call, Phase
 from services.gateway.endpoints import Endpoint
+from services.gateway.policy import Policy
 from services.gateway.reply import Reply
 
 CLIENT_GONE = 499
@@ -20,15 +23,26 @@ ROLE = "gateway"
 
 
 class Account:
-    """One request from its arrival to its end. `call` is set once the request is known to be a good one."""
+    """One request from its arrival to its end. `call` is set once the request is known to be a good one.
+
+    `policy`: what decides for it, once it is known whose it is. `body`: as it came, once it is there.
+    """
 
     def __init__(self, request_id: str, endpoint: Endpoint, reply: Reply, log: LineLog | None) -> None:
         self.request_id = request_id
         self.call: Call | None = None
+        self.principal: Principal | None = None
+        self.policy: Policy | None = None
+        self.body = b""
         self.endpoint = endpoint
         self._reply = reply
         self._log = log
         self._arrived_at = asyncio.get_running_loop().time()
+
+    @property
+    def error(self) -> InferfluxError | None:
+        """How it was refused, or failed."""
+        return self._reply.error
 
     @property
     def phase(self) -> Phase:
@@ -39,7 +53,7 @@ class Account:
 
     def close(self, *, is_gone: bool = False) -> None:
         """Write everything down. `is_gone`: the client left before the end."""
-        status = CLIENT_GONE if is_gone else self._reply.status
+        status = self._status(is_gone=is_gone)
         now = asyncio.get_running_loop().time()
         _requests(self.endpoint.path, status).inc()
         if is_gone:
@@ -51,6 +65,13 @@ class Account:
             self._count_tokens(self.call)
         if self._log is not None:
             self._log.write(self._line(status, now))
+
+    def record(self, *, is_gone: bool) -> dict[str, object]:
+        """Describe the request without any of its text."""
+        return self._line(self._status(is_gone=is_gone), asyncio.get_running_loop().time())
+
+    def _status(self, *, is_gone: bool) -> int:
+        return CLIENT_GONE if is_gone else self._reply.status
 
     def _count_tokens(self, call: Call) -> None:
         if self._reply.is_streaming:
@@ -70,10 +91,10 @@ class Account:
         }
         if self._reply.error is not None:
             line["reason"] = self._reply.error.reason
+        if self.principal is not None:
+            line |= {"tenant": self.principal.tenant, "key_id": self.principal.key_id}
         if (call := self.call) is not None:
             line |= {
-                "tenant": call.principal.tenant,
-                "key_id": call.principal.key_id,
                 "model": call.model,
                 "phase": self.phase.value,
                 "prefill": call.prefill_worker,

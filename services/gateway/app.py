@@ -12,14 +12,16 @@ from typing import Any, Protocol
 
 from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from starlette.exceptions import HTTPException
+from starlette.routing import Route
 
 from inferflux import ops
 from inferflux.errors import InferfluxError, ModelNotFound, NotFound
 from inferflux.lifecycle import Lifecycle
+from inferflux.policy.identity import Allowance
 from inferflux.telemetry import metrics
 from services.gateway import failures
 from services.gateway.asgi import AsgiScope, Message, Receive, Send, header_map
-from services.gateway.auth import Authenticator
+from services.gateway.auth import Authenticator, Principal
 from services.gateway.documents import respond
 from services.gateway.endpoints import ENDPOINTS, Dialect, Scope
 from services.gateway.idempotency import Idempotency
@@ -27,7 +29,7 @@ from services.gateway.inference import Inference, new_request_id
 from services.gateway.resumption import STREAMS, Resumption
 from services.gateway.views import Model
 
-Models = Callable[[], tuple[Model, ...]]
+Models = Callable[[Allowance], tuple[Model, ...]]
 _BY_PROXY = ("forwarded", "x-forwarded-for", "via")
 
 
@@ -46,8 +48,7 @@ class Gate:
         """Raise Unauthenticated or PermissionDenied, or return."""
         if self.is_open_to_loopback and _is_loopback(request) and not _is_by_proxy(request):
             return
-        request.state.principal = principal = self.auth.authenticate(header_map(request.headers.raw))
-        principal.require(*self.scopes)
+        request.state.principal = await self.auth.authorize(header_map(request.headers.raw), *self.scopes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +63,11 @@ class Doorway:
     idempotency: Idempotency
     resumption: Resumption
 
+    def routes(self) -> list[str]:
+        """List everything there is to ask for, e.g. `GET /v1/models`."""
+        framework = [f"{method} {route.path}" for route in _routes(self.app) for method in route.methods or ()]
+        return sorted([*framework, *(f"POST {path}" for path in ENDPOINTS), f"GET {STREAMS}{{request_id}}"])
+
     async def __call__(self, scope: AsgiScope, receive: Receive, send: Send) -> None:
         """Answer one request."""
         if scope["path"] in ENDPOINTS:
@@ -70,11 +76,14 @@ class Doorway:
         if scope["path"].startswith(STREAMS):
             await self.resumption(scope, receive, send)
             return
-        headers = self.inference.response_headers(new_request_id())
+        request_id, audit = new_request_id(), self.inference.audit
+        headers = self.inference.response_headers(request_id)
 
         async def stamp(message: Message) -> None:
             if message["type"] == "http.response.start":
                 message["headers"] = [*message["headers"], *headers]
+                if audit is not None:
+                    audit.answered(scope, message["status"], request_id)
             await send(message)
 
         await self.app(scope, receive, stamp)
@@ -94,11 +103,18 @@ def create_app(idempotency: Idempotency, admin: Sequence[AdminRoutes], models: M
     app.include_router(_health_routes(lifecycle))
     app.include_router(_metrics_routes(), dependencies=[Depends(Gate(auth, (Scope.READ,), is_open_to_loopback=True))])
     app.include_router(_model_routes(models), dependencies=[Depends(Gate(auth, (Scope.READ, Scope.GENERATE)))])
+    gates = [Depends(Gate(auth, (Scope.ADMIN,)))]
+    if inference.audit is not None:
+        gates.append(Depends(inference.audit.intend))
     for api in admin:
-        app.include_router(api.router(), dependencies=[Depends(Gate(auth, (Scope.ADMIN,)))])
+        app.include_router(api.router(), dependencies=gates)
     for kind in (InferfluxError, HTTPException, Exception):
         app.add_exception_handler(kind, _answer_error)
     return Doorway(app, inference, idempotency, Resumption(inference))
+
+
+def _routes(app: FastAPI) -> list[Route]:
+    return [route for route in app.routes if isinstance(route, Route)]
 
 
 def _health_routes(lifecycle: Lifecycle) -> APIRouter:
@@ -134,11 +150,11 @@ def _metrics_routes() -> APIRouter:
 def _model_routes(models: Models) -> APIRouter:
     router = APIRouter()
 
-    async def list_models() -> Response:
-        return respond({"object": "list", "data": [_model(model) for model in models()]})
+    async def list_models(request: Request) -> Response:
+        return respond({"object": "list", "data": [_model(model) for model in models(_allowance(request))]})
 
-    async def get_model(name: str) -> Response:
-        for model in models():
+    async def get_model(request: Request, name: str) -> Response:
+        for model in models(_allowance(request)):
             if model.name == name:
                 return respond(_model(model))
         raise ModelNotFound(f"the model {name!r} does not exist", param="model")
@@ -146,6 +162,11 @@ def _model_routes(models: Models) -> APIRouter:
     router.add_api_route("/v1/models", list_models, methods=["GET"])
     router.add_api_route("/v1/models/{name:path}", get_model, methods=["GET"])
     return router
+
+
+def _allowance(request: Request) -> Allowance:
+    principal: Principal = request.state.principal
+    return principal.allowance
 
 
 def _model(model: Model) -> dict[str, Any]:

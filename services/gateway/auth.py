@@ -1,4 +1,4 @@
-"""Turns the credentials of a request into a `Principal`, from memory alone.
+"""Turns the credentials of a request, an API key or an issuer's token, into a `Principal`, from memory alone.
 
 Every key is looked up by its HMAC, so neither the lookup nor the answer tells an unknown key from a revoked one, and a
 stolen snapshot holds no keys. Nothing of the Authorization header goes anywhere before its characters and length are
@@ -11,26 +11,46 @@ import hashlib
 import hmac
 import re
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 from inferflux.errors import PermissionDenied, Unauthenticated, Unavailable
+from inferflux.policy.identity import Allowance, Identity
 from services.gateway.asgi import Headers
 from services.gateway.endpoints import Scope
 
-_SECRET = re.compile(rb"[\x21-\x7e]{8,256}")
-_BAD_KEY = "the API key is not valid"
+if TYPE_CHECKING:
+    from services.gateway.tokens import TokenVerifier
+
+MAX_SECRET_BYTES, MAX_TOKEN_BYTES = 256, 16 * 1024
+BAD_CREDENTIAL = "the API key is not valid"
+"""Of whatever kind it is, and whatever is wrong with it."""
+_CREDENTIAL = re.compile(rb"[\x21-\x7e]{8,%d}" % MAX_TOKEN_BYTES)
+# A JWT: three parts, the first of which is a JSON object.
+_TOKEN = re.compile(rb"eyJ[A-Za-z0-9_-]*\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]*")
+
+
+class UnknownKey(Unauthenticated):
+    """A token names a key that its issuer did not publish when it was last asked. `refreshed`: asks again, briefly."""
+
+    refreshed: Callable[[], Awaitable[None]] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Principal:
-    """Who asks, and what they may do."""
+    """Who asks, and what they may do. `key_id`: of the API key, or one that stands for a token's subject.
+
+    `team` is empty for keys without one.
+    """
 
     key_id: str
     tenant: str
     scopes: frozenset[Scope]
     priority: int = 0
     cache_salt: str = ""
+    team: str = ""
+    allowance: Allowance = field(default_factory=Allowance)
 
     def require(self, *scopes: Scope) -> None:
         """Raise PermissionDenied unless this principal has one of the scopes."""
@@ -40,19 +60,33 @@ class Principal:
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """One live key. `expires_at`: seconds since the epoch, None = never."""
+    """One live secret of a key. `expires_at`: seconds since the epoch, None = never.
+
+    `principal` is what the key grants by itself; the policy adds what its `roles` grant, and restricts it further.
+    `models` None: no restriction.
+    """
 
     secret_hash: bytes
     principal: Principal
     expires_at: float | None = None
+    roles: tuple[str, ...] = ()
+    models: tuple[str, ...] | None = None
+
+    def under(self, identity: Identity) -> Principal:
+        """Return whose key it is, as the policy sees it."""
+        principal = self.principal
+        if not (self.roles or identity.tenants or self.models is not None):
+            return principal
+        allowance = identity.allowance(principal.tenant, principal.team, self.models)
+        return replace(principal, scopes=principal.scopes | identity.scopes(self.roles), allowance=allowance)
 
 
 @dataclass(frozen=True, slots=True)
 class KeyRing:
-    """All live keys at one revision of the policy."""
+    """All live keys at one revision of the policy, by the hash of their secrets."""
 
     revision: int = 0
-    keys: Mapping[bytes, Key] = field(default_factory=dict)
+    keys: dict[bytes, Key] = field(default_factory=dict)
 
 
 def hash_secret(pepper: bytes, secret: bytes) -> bytes:
@@ -65,49 +99,86 @@ def cache_salt(tenant_key: bytes, tenant: str) -> str:
     return hmac.digest(tenant_key, tenant.encode(), hashlib.sha256).hex()
 
 
+_NO_IDENTITY = Identity()
+
+
 class Authenticator:
-    """Checks credentials against the newest key ring. `now` is the wall clock: expiry is a calendar date."""
+    """Checks credentials against the newest key ring. `now` is the wall clock: expiry is a calendar date.
+
+    `identity` says what the policy knows of tenants, roles and issuers, for a credential; without `tokens` only API
+    keys are taken.
+    """
 
     def __init__(
-        self, pepper: bytes, keyring: Callable[[], KeyRing | None], now: Callable[[], float] = time.time
+        self,
+        pepper: bytes,
+        keyring: Callable[[], KeyRing | None],
+        now: Callable[[], float] = time.time,
+        identity: Callable[[bytes], Identity] = lambda _: _NO_IDENTITY,
+        tokens: TokenVerifier | None = None,
     ) -> None:
         self._pepper = pepper
         self._keyring = keyring
         self._now = now
+        self._identity = identity
+        self._tokens = tokens
+
+    async def authorize(self, headers: Headers, *scopes: Scope) -> Principal:
+        """Return who asks, if they may. Raises what `authenticate` raises, or PermissionDenied.
+
+        Waits for nothing, except that a token may be signed by a key so new that its issuer must be asked again.
+        """
+        try:
+            principal = self.authenticate(headers)
+        except UnknownKey as e:
+            if e.refreshed is not None:
+                await e.refreshed()
+            principal = self.authenticate(headers)
+        principal.require(*scopes)
+        return principal
 
     def authenticate(self, headers: Headers) -> Principal:
         """Return who asks. Raises Unauthenticated, or Unavailable as long as no policy was ever received."""
-        secret = read_secret(headers)
+        credential = read_credential(headers)
         ring = self._keyring()
         if ring is None:
             raise Unavailable("the gateway has no policy yet", retry_after_s=1)
+        identity = self._identity(credential)
+        if self._tokens is not None and identity.issuers and _TOKEN.fullmatch(credential):
+            return self._tokens.verify(credential, identity)
+        return self._find(ring, credential).under(identity)
+
+    def _find(self, ring: KeyRing, secret: bytes) -> Key:
+        """Look a secret up, in the same steps and words for one that is unknown, revoked or expired.
+
+        An expired one is forgotten when it is seen: to find something takes longer than to find nothing.
+        """
         digest = hash_secret(self._pepper, secret)
-        key = ring.keys.get(digest)
-        if key is None or not hmac.compare_digest(key.secret_hash, digest) or self._is_expired(key):
-            raise Unauthenticated(_BAD_KEY)
-        return key.principal
-
-    def authorize(self, headers: Headers, scope: Scope) -> Principal:
-        """Return who asks, if they may. Raises what `authenticate` raises, or PermissionDenied."""
-        principal = self.authenticate(headers)
-        principal.require(scope)
-        return principal
-
-    def _is_expired(self, key: Key) -> bool:
-        return key.expires_at is not None and self._now() >= key.expires_at
+        key = ring.keys.get(digest, _NOBODY)
+        is_same = hmac.compare_digest(key.secret_hash, digest)
+        is_live = key.expires_at is None or self._now() < key.expires_at
+        if not (is_same and is_live) or len(secret) > MAX_SECRET_BYTES:
+            if is_same and key is not _NOBODY:
+                del ring.keys[digest]
+            raise Unauthenticated(BAD_CREDENTIAL)
+        return key
 
 
-def read_secret(headers: Headers) -> bytes:
-    """Return the key of `Authorization: Bearer` or `x-api-key`, well-formed. Raises Unauthenticated."""
+def read_credential(headers: Headers) -> bytes:
+    """Return what is in `Authorization: Bearer` or `x-api-key`, well-formed. Raises Unauthenticated."""
     authorization = headers.get(b"authorization")
     if authorization is None:
-        secret = headers.get(b"x-api-key")
+        credential = headers.get(b"x-api-key")
     else:
-        scheme, _, secret = authorization.partition(b" ")
+        scheme, _, credential = authorization.partition(b" ")
         if scheme.lower() != b"bearer":
             raise Unauthenticated("use Authorization: Bearer KEY, or x-api-key")
-    if secret is None:
+    if credential is None:
         raise Unauthenticated("no API key: use Authorization: Bearer KEY, or x-api-key")
-    if not _SECRET.fullmatch(secret):
-        raise Unauthenticated(_BAD_KEY)
-    return secret
+    if not _CREDENTIAL.fullmatch(credential):
+        raise Unauthenticated(BAD_CREDENTIAL)
+    return credential
+
+
+_NOBODY = Key(bytes(32), Principal("", "", frozenset()), expires_at=0.0)
+"""Stands in for keys that are not there: looking one up and checking it takes as long as for one that is expired."""

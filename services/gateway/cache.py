@@ -19,6 +19,7 @@ from services.gateway import envelope
 from services.gateway.asgi import header_map
 from services.gateway.auth import Authenticator
 from services.gateway.documents import respond, validate
+from services.gateway.endpoints import Scope
 from services.gateway.envelope import BodyLimits
 from services.gateway.pool import Pool
 from services.gateway.prefill import PrefillLink, Prefix
@@ -90,13 +91,13 @@ class CacheApi:
     async def _prefix(self, request: Request, kind: type[PrefixBody]) -> tuple[Prefix, Sequence[PrefillLink]]:
         """Read a body and find the workers it is for."""
         headers = header_map(request.headers.raw)
-        principal = self._auth.authenticate(headers)
+        principal = await self._auth.authorize(headers, Scope.ADMIN)
         document = envelope.parse_object(await envelope.read_body(request.receive, headers, LIMITS), LIMITS)
         body = validate(kind, document)
         path = next((path for field, path in PATHS.items() if field in document), None)
         if path is None:
             raise InvalidRequest("the body has neither messages nor prompt", param="messages")
-        model = self._pool.resolve(body.model)
+        model = self._pool.resolve(body.model, principal.allowance)
         call = {key: value for key, value in document.items() if key not in ("name", "tenant")} | {"model": model}
         salt = principal.cache_salt if body.tenant is None else self._salt_of(body.tenant)
         name = body.name if isinstance(body, PinBody) else ""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import AsyncGenerator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -46,11 +46,15 @@ class KeyInfo:
     priority: int
     created_at: datetime
     expires_at: datetime | None
+    team: str
+    roles: tuple[str, ...]
+    models: tuple[str, ...] | None
+    previous_until: datetime | None
 
 
 @dataclass(frozen=True, slots=True)
 class NewKey:
-    """What to create. `secret` empty: the service makes one."""
+    """What to create. `secret` empty: the service makes one. `models` None: no restriction."""
 
     name: str
     scopes: tuple[Scope, ...]
@@ -58,6 +62,9 @@ class NewKey:
     priority: int = 0
     expires_at: datetime | None = None
     secret: str = field(default="", repr=False)
+    team: str = ""
+    roles: tuple[str, ...] = ()
+    models: tuple[str, ...] | None = None
 
 
 class PolicyClient:
@@ -90,6 +97,9 @@ class PolicyClient:
             scopes=[_SCOPES[scope] for scope in key.scopes],
             priority=key.priority,
             secret=key.secret,
+            team=key.team,
+            roles=key.roles,
+            models=policy_pb.ModelList(names=key.models) if key.models is not None else None,
         )
         if key.expires_at is not None:
             request.expires_at.FromDatetime(key.expires_at)
@@ -109,6 +119,14 @@ class PolicyClient:
             answer = await self._stub.RevokeKey(policy_pb.RevokeKeyRequest(key_id=key_id), timeout=ADMIN_TIMEOUT_S)
         return int(answer.revision)
 
+    async def rotate_key(self, key_id: str, grace_s: float, secret: str = "") -> tuple[KeyInfo, str, int]:
+        """Give a key a new secret; returns as `create_key` does. Raises NotFound or another InferfluxError."""
+        request = policy_pb.RotateKeyRequest(key_id=key_id, secret=secret)
+        request.grace.FromMilliseconds(int(grace_s * 1000))
+        with translated_errors():
+            answer = await self._stub.RotateKey(request, timeout=ADMIN_TIMEOUT_S)
+        return _to_key_info(answer.key), answer.secret, answer.revision
+
     def _to_policies(self, message: policy_pb.WatchSnapshotResponse) -> Policies | None:
         """Read a snapshot; None for one that must not be used."""
         if not self._verifier.is_valid(message.signature, message.snapshot):
@@ -124,14 +142,25 @@ class PolicyClient:
             return None
 
     def _to_key_ring(self, snapshot: policy_pb.PolicySnapshot) -> KeyRing:
-        keys = (self._to_key(record) for record in snapshot.keys)
+        keys = (key for record in snapshot.keys for key in self._to_keys(record))
         return KeyRing(snapshot.revision, {key.secret_hash: key for key in keys})
 
-    def _to_key(self, record: policy_pb.KeyRecord) -> Key:
-        salt = cache_salt(self._tenant_key, record.tenant)
-        principal = Principal(record.key_id, record.tenant, frozenset(_scopes(record)), record.priority, salt)
+    def _to_keys(self, record: policy_pb.KeyRecord) -> list[Key]:
+        """Make the live secrets of a key: its own, and the one before the last rotation."""
+        principal = Principal(
+            key_id=record.key_id,
+            tenant=record.tenant,
+            scopes=frozenset(_scopes(record)),
+            priority=record.priority,
+            cache_salt=cache_salt(self._tenant_key, record.tenant),
+            team=record.team,
+        )
         expires_at = record.expires_at.ToMilliseconds() / 1000 if record.HasField("expires_at") else None
-        return Key(record.secret_hash, principal, expires_at)
+        key = Key(record.secret_hash, principal, expires_at, tuple(record.roles), _models(record))
+        if not record.previous_hash:
+            return [key]
+        until = min(record.previous_until.ToMilliseconds() / 1000, expires_at or float("inf"))
+        return [key, replace(key, secret_hash=record.previous_hash, expires_at=until)]
 
 
 class RegistryClient:
@@ -165,6 +194,10 @@ def _scopes(record: policy_pb.KeyRecord) -> list[Scope]:
     return [_SCOPES_FROM_PROTO[number] for number in record.scopes if number in _SCOPES_FROM_PROTO]
 
 
+def _models(record: policy_pb.KeyRecord) -> tuple[str, ...] | None:
+    return tuple(record.models.names) if record.HasField("models") else None
+
+
 def _to_key_info(record: policy_pb.KeyRecord) -> KeyInfo:
     return KeyInfo(
         key_id=record.key_id,
@@ -174,6 +207,10 @@ def _to_key_info(record: policy_pb.KeyRecord) -> KeyInfo:
         priority=record.priority,
         created_at=record.created_at.ToDatetime(UTC),
         expires_at=record.expires_at.ToDatetime(UTC) if record.HasField("expires_at") else None,
+        team=record.team,
+        roles=tuple(record.roles),
+        models=_models(record),
+        previous_until=record.previous_until.ToDatetime(UTC) if record.HasField("previous_until") else None,
     )
 
 

@@ -8,15 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
+from inferflux.policy.identity import Scope
 from services.gateway.guardrails.events import CHOICES, MESSAGE, RESPONSE, Shape
 
-
-class Scope(StrEnum):
-    """What a key may do. `ADMIN` includes the others."""
-
-    GENERATE = "generate"
-    READ = "read"
-    ADMIN = "admin"
+__all__ = ["ENDPOINTS", "Dialect", "Endpoint", "Kind", "Scope"]
 
 
 class Kind(StrEnum):

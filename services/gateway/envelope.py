@@ -6,14 +6,13 @@ The body itself goes to the workers byte for byte. All limits are enforced befor
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-import orjson
-
 from inferflux.errors import BodyTooLarge, InvalidRequest, RequestTimeout
+from services.gateway import bounds, media, strict_json
 from services.gateway.asgi import ClientGone, Headers, Receive
+from services.gateway.bounds import Price
 
 MAX_MODEL_NAME = 256
 # A body must keep arriving at this rate after the grace time; a phone on a bad link sends faster.
@@ -22,18 +21,23 @@ SLOWEST_BODY_BYTES_PER_S = 16 * 1024
 
 @dataclass(frozen=True, slots=True)
 class BodyLimits:
-    """`grace_s`: a body may be silent this long in all, plus the time its bytes earn at the slowest rate."""
+    """`grace_s`: a body may be silent this long in all, plus the time its bytes earn at the slowest rate.
+
+    `max_sequences`: prompts times choices of one request.
+    """
 
     max_bytes: int = 32 << 20
     max_depth: int = 64
     grace_s: float = 10.0
+    max_sequences: int = 128
 
 
 @dataclass(frozen=True, slots=True)
 class Envelope:
-    """What routing needs to know about a call. `model` None: the cluster's default."""
+    """What must be known about a call before it is routed. `model` None: the cluster's default."""
 
     model: str | None = None
+    price: Price = field(default_factory=Price)
 
 
 async def read_body(receive: Receive, headers: Headers, limits: BodyLimits) -> bytes:
@@ -74,36 +78,17 @@ def _too_large(num_bytes: int, limits: BodyLimits) -> BodyTooLarge:
 
 
 def parse(body: bytes, limits: BodyLimits) -> Envelope:
-    """Read the envelope of a JSON object. Raises InvalidRequest."""
+    """Read the envelope of a JSON object. Raises InvalidRequest, also for what no worker may be asked for."""
     document = parse_object(body, limits)
     model = document.get("model")
     if model is not None and not (isinstance(model, str) and 0 < len(model) <= MAX_MODEL_NAME):
         raise InvalidRequest(f"model must be a string of 1 to {MAX_MODEL_NAME} characters", param="model")
-    return Envelope(model)
+    if document.get("cache_salt") is not None:
+        raise InvalidRequest("cache_salt is not a client's to choose: caches are a tenant's own", param="cache_salt")
+    media.refuse_addresses(body, document)
+    return Envelope(model, bounds.price(document, limits.max_sequences))
 
 
 def parse_object(body: bytes, limits: BodyLimits) -> dict[str, Any]:
     """Parse a JSON object that is not nested too deeply. Raises InvalidRequest."""
-    try:
-        document = orjson.loads(body)
-    except orjson.JSONDecodeError as e:
-        raise InvalidRequest(f"the body is not valid JSON: {e.msg} at byte {e.pos}") from e
-    if not isinstance(document, dict):
-        raise InvalidRequest("the body must be a JSON object")
-    # The number of brackets bounds the depth, so the walk is only needed for bodies with many.
-    if body.count(b"{") + body.count(b"[") > limits.max_depth and _is_deeper(document, limits.max_depth):
-        raise InvalidRequest(f"the body is nested deeper than {limits.max_depth} levels")
-    return document
-
-
-def _is_deeper(document: object, max_depth: int) -> bool:
-    level: list[Any] = [document]
-    for _ in range(max_depth):
-        level = [child for node in level for child in _children(node) if isinstance(child, (dict, list))]
-        if not level:
-            return False
-    return True
-
-
-def _children(node: dict[str, Any] | list[Any]) -> Iterable[Any]:
-    return node.values() if isinstance(node, dict) else node
+    return strict_json.parse_object(body, limits.max_depth)

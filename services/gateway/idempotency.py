@@ -4,8 +4,8 @@ The first request with a key begins an execution: the inference endpoint in a ta
 That request and its twins, sent in parallel or as retries, each get the recording from its beginning. An execution goes
 on for a moment without anybody who listens, so that a client whose connection broke finds it when it comes back.
 
-Keys are a tenant's own, on one gateway. Answers that went well are kept for a while, within limits; failures are not,
-so that a retry tries again.
+Idempotency keys are an API key's own, on one gateway. Answers that went well are kept for a while, within limits;
+failures are not, so that a retry tries again.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ ABANDONED_S = 5.0
 """How long an execution runs on when its last listener has left."""
 _KEY = re.compile(rb"[\x21-\x7e]{1,255}")
 Name = tuple[str, bytes]
-"""A tenant and its key."""
+"""Who asks, by API key or token, and the idempotency key."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,8 +164,8 @@ class Idempotency:
     async def _join(self, scope: AsgiScope, receive: Receive) -> tuple[Execution, bool]:
         """Find the execution of a request, or begin it. Raises InferfluxError, ClientGone."""
         headers = header_map(scope["headers"])
-        principal = self.inference.auth.authorize(headers, ENDPOINTS[scope["path"]].scope)
-        name = (principal.tenant, _key(headers))
+        principal = await self.inference.auth.authorize(headers, ENDPOINTS[scope["path"]].scope)
+        name = (principal.key_id, _key(headers))
         body = await envelope.read_body(receive, headers, self.inference.limits)
         digest = _digest(scope, body)
         execution = self.records.find(name)

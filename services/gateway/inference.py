@@ -21,7 +21,8 @@ from inferflux.v1 import types_pb2
 from services.gateway import envelope, failures, flow
 from services.gateway.account import ROLE, Account
 from services.gateway.asgi import WRITE_NOW, AsgiScope, ClientGone, Headers, RawHeaders, Receive, Send, header_map
-from services.gateway.auth import Authenticator
+from services.gateway.audited import Audit
+from services.gateway.auth import Authenticator, read_credential
 from services.gateway.call import Call
 from services.gateway.endpoints import ENDPOINTS, Endpoint
 from services.gateway.envelope import BodyLimits
@@ -29,6 +30,7 @@ from services.gateway.guardrails.guard import Guard, Subject
 from services.gateway.guardrails.referees import Referees
 from services.gateway.lifeline import Lifeline
 from services.gateway.policy import Policies, Policy
+from services.gateway.policy_report import Trial
 from services.gateway.pool import Pool
 from services.gateway.reply import Reply
 
@@ -54,6 +56,8 @@ class Inference:
     limits: BodyLimits
     timeout_s: float
     access_log: LineLog | None
+    trial: Trial = field(default_factory=Trial)
+    audit: Audit | None = None
     referees: Referees = field(default_factory=Referees)
 
     async def __call__(self, scope: AsgiScope, receive: Receive, send: Send) -> bool:
@@ -84,8 +88,16 @@ class Inference:
             await reply.fail(failures.shown(e))
         finally:
             _inflight.dec()
-            account.close(is_gone=is_gone)
+            self._end(account, reply, is_gone=is_gone)
         return reply.error is None and not is_gone
+
+    def _end(self, account: Account, reply: Reply, *, is_gone: bool) -> None:
+        """Write a request down, wherever it counts."""
+        account.close(is_gone=is_gone)
+        if account.policy is not None and not is_gone:
+            self.trial.count(account.policy.revision, is_failure=reply.status >= 400 or reply.error is not None)
+        if self.audit is not None:
+            self.audit.ended(account, is_gone=is_gone)
 
     async def refuse(self, scope: AsgiScope, send: Send, error: InferfluxError) -> None:
         """Answer a request that gets no further with an error."""
@@ -107,10 +119,10 @@ class Inference:
         if scope["method"] != "POST":
             raise failures.MethodNotAllowed("POST")
         headers = header_map(scope["headers"])
-        principal = self.auth.authorize(headers, endpoint.scope)
-        policy = self.policy(headers)
+        account.principal = principal = await self.auth.authorize(headers, endpoint.scope)
+        account.policy = policy = self.policy(headers)
         deadline_at = arrived_at + self._timeout_s(headers)
-        body = await envelope.read_body(receive, headers, self.limits)
+        account.body = body = await envelope.read_body(receive, headers, self.limits)
         known = envelope.parse(body, self.limits)
         with tracing.start_span("request", headers.get(b"traceparent", b"").decode("latin-1")) as span:
             account.call = call = Call(
@@ -118,7 +130,7 @@ class Inference:
                 endpoint=endpoint,
                 principal=principal,
                 policy=policy,
-                model=self.pool.resolve(known.model),
+                model=self.pool.resolve(known.model, principal.allowance),
                 http=_http_call(endpoint, scope, headers, body),
                 received_at=asyncio.get_running_loop().time(),
                 deadline_at=deadline_at,
@@ -148,7 +160,7 @@ class Inference:
         policies = self.policies()
         if policies is None:
             raise Unavailable("the gateway has no policy yet", retry_after_s=1)
-        return policies.choose(headers.get(b"authorization") or headers.get(b"x-api-key", b""))
+        return policies.choose(read_credential(headers))
 
     def _timeout_s(self, headers: Headers) -> float:
         """Read the client's wish; it can only shorten the deadline."""

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from inferflux.errors import PolicyInvalid
 from inferflux.policy.audit import AuditSection
 from inferflux.policy.document import EMPTY, PolicyDocument, parse
-from inferflux.policy.identity import IdentitySection
+from inferflux.policy.identity import Identity, Issuer, compile_identity
 from inferflux.policy.limits import LimitsSection
 from inferflux.telemetry import metrics
 from services.gateway.auth import KeyRing
@@ -31,7 +31,7 @@ class Policy:
 
     revision: int = 0
     document: PolicyDocument = field(default_factory=PolicyDocument)
-    identity: IdentitySection | None = None
+    identity: Identity = field(default_factory=Identity)
     limits: LimitsSection | None = None
     guardrails: Guardrails | None = None
     audit: AuditSection | None = None
@@ -48,13 +48,17 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class Policies:
-    """A whole snapshot: the keys, the policy that decides, and the one that is being tried."""
+    """A whole snapshot: the keys, the policy that decides, and the one that is being tried.
+
+    `candidate_revision`: of the one that shall be tried, 0: none; then `candidate` is None only if it can't be read.
+    """
 
     revision: int
     keys: KeyRing
     live: Policy = field(default_factory=Policy)
     candidate: Policy | None = None
     share: float = 0.0
+    candidate_revision: int = 0
 
     def choose(self, credential: bytes) -> Policy:
         """Choose what decides for a client: always the same as long as the candidate and its share are the same."""
@@ -63,9 +67,20 @@ class Policies:
         return self.candidate if _fraction(self.candidate.revision, credential) < self.share else self.live
 
     @property
+    def issuers(self) -> list[Issuer]:
+        """All issuers of tokens that some client's policy names."""
+        policies = [self.live, *([self.candidate] if self.candidate is not None else [])]
+        return [issuer for policy in policies for issuer in policy.identity.issuers.values()]
+
+    @property
     def shadow(self) -> Policy | None:
         """What is only reported on."""
         return self.candidate if not self.share else None
+
+
+def identity_of(policies: Policies | None, credential: bytes) -> Identity:
+    """Return what a client's policy knows of tenants, roles and issuers."""
+    return policies.choose(credential).identity if policies is not None else Identity()
 
 
 def compile_policy(source: Source) -> Policy:
@@ -74,7 +89,7 @@ def compile_policy(source: Source) -> Policy:
     return Policy(
         revision=source.revision,
         document=document,
-        identity=document.identity,
+        identity=compile_identity(document.identity),
         limits=document.limits,
         guardrails=compile_guardrails(document.guardrails),
         audit=document.audit,
@@ -94,8 +109,9 @@ class Compiler:
         if self._live is None:
             raise PolicyInvalid(f"revision {live.revision} of the policy can't be read here")
         self._candidate = self._compiled(candidate) if candidate is not None else None
-        share = candidate.share if candidate is not None and self._candidate is not None else 0.0
-        return Policies(revision, keys, self._live, self._candidate, share)
+        if candidate is None:
+            return Policies(revision, keys, self._live)
+        return Policies(revision, keys, self._live, self._candidate, candidate.share, candidate.revision)
 
     def _compiled(self, source: Source) -> Policy | None:
         """Return the policy of a source; None, counted, when it can't be read."""

@@ -11,6 +11,8 @@ import grpc
 from inferflux.rpc.client import translated_errors
 from inferflux.v1 import policy_service_pb2 as pb
 from inferflux.v1.policy_service_pb2_grpc import PolicyServiceStub
+from services.gateway.policy import Policies
+from services.gateway.policy_report import Outcomes, Trial
 
 TIMEOUT_S = 10.0
 STAGES = {"live": pb.POLICY_STAGE_LIVE, "canary": pb.POLICY_STAGE_CANARY, "shadow": pb.POLICY_STAGE_SHADOW}
@@ -53,11 +55,25 @@ class PolicyChange:
     max_error_excess: float = 0.0
 
 
+@dataclass(frozen=True, slots=True)
+class Replica:
+    """One gateway: what it uses, for how long there has been something newer, when it reported, in seconds."""
+
+    gateway_id: str
+    revision: int
+    policy_revision: int
+    candidate_revision: int
+    is_candidate_refused: bool
+    lag_s: float
+    age_s: float
+
+
 class PolicyDocuments:
     """Calls to the policy service. All of them raise InferfluxError."""
 
-    def __init__(self, channel: grpc.aio.Channel) -> None:
+    def __init__(self, channel: grpc.aio.Channel, gateway_id: str) -> None:
         self._stub: Any = PolicyServiceStub(channel)
+        self._gateway_id = gateway_id
 
     async def get(self) -> PolicyState:
         """Read what is in force."""
@@ -87,7 +103,7 @@ class PolicyDocuments:
             answer = await self._stub.ApplyPolicy(request, timeout=TIMEOUT_S)
         return _to_revision(answer.policy)
 
-    async def list(self, limit: int) -> list[PolicyRevision]:
+    async def history(self, limit: int) -> list[PolicyRevision]:
         """List revisions, newest first."""
         with translated_errors():
             answer = await self._stub.ListRevisions(pb.ListRevisionsRequest(limit=limit), timeout=TIMEOUT_S)
@@ -99,6 +115,43 @@ class PolicyDocuments:
         with translated_errors():
             answer = await self._stub.RollbackPolicy(request, timeout=TIMEOUT_S)
         return _to_revision(answer.policy)
+
+    async def report(self, policies: Policies, trial: Trial) -> None:
+        """Tell what this gateway uses."""
+        request = pb.ReportPolicyRequest(
+            gateway_id=self._gateway_id,
+            revision=policies.revision,
+            policy_revision=policies.live.revision,
+            candidate_revision=policies.candidate_revision,
+            is_candidate_refused=bool(policies.candidate_revision) and policies.candidate is None,
+            live=_to_outcomes(trial.live),
+            candidate=_to_outcomes(trial.candidate),
+        )
+        with translated_errors():
+            await self._stub.ReportPolicy(request, timeout=TIMEOUT_S)
+
+    async def replicas(self) -> tuple[int, list[Replica]]:
+        """Return the newest revision of the snapshot, and all gateways."""
+        with translated_errors():
+            answer = await self._stub.ListReplicas(pb.ListReplicasRequest(), timeout=TIMEOUT_S)
+        return answer.revision, [_to_replica(message) for message in answer.replicas]
+
+
+def _to_outcomes(outcomes: Outcomes) -> pb.Outcomes:
+    return pb.Outcomes(num_requests=outcomes.num_requests, num_failures=outcomes.num_failures)
+
+
+def _to_replica(message: pb.Replica) -> Replica:
+    report = message.report
+    return Replica(
+        gateway_id=report.gateway_id,
+        revision=report.revision,
+        policy_revision=report.policy_revision,
+        candidate_revision=report.candidate_revision,
+        is_candidate_refused=report.is_candidate_refused,
+        lag_s=message.lag_s,
+        age_s=message.age_s,
+    )
 
 
 def _to_revision(message: pb.PolicyRevision) -> PolicyRevision:

@@ -18,6 +18,7 @@ from typing import Generic, Self, TypeVar
 
 from inferflux.clock import SystemClock, until_tick
 from inferflux.errors import InferfluxError, ModelNotFound, NotFound, NoWorker, Unavailable
+from inferflux.policy.identity import EVERYTHING, Allowance
 from inferflux.process import Tasks
 from inferflux.rpc.client import open_channel
 from inferflux.rpc.mtls import Identity
@@ -30,6 +31,7 @@ from services.gateway.call import Call
 from services.gateway.heart import TICK_S, Heart
 from services.gateway.link import Link
 from services.gateway.losses import Moves
+from services.gateway.matrix import Matrix
 from services.gateway.news import News
 from services.gateway.poison import Inquest
 from services.gateway.prefill import PrefillLink
@@ -76,7 +78,7 @@ class Peer(Generic[L]):
     is_registered: bool = True
     num_ticks_lost: int = 0
 
-    def candidate(self) -> routing.Candidate:
+    def candidate(self, unreadable_by: frozenset[str] = frozenset()) -> routing.Candidate:
         """Take the worker as it is now."""
         heart, link = self.link.heart, self.link
         return routing.Candidate(
@@ -86,6 +88,7 @@ class Peer(Generic[L]):
             link.num_assigned,
             link.num_local_prefills,
             heart.warmth,
+            unreadable_by=unreadable_by,
         )
 
 
@@ -123,6 +126,7 @@ class Pool:
         self._inquest = Inquest(SystemClock(), News())
         self._prefills: dict[str, Peer[PrefillLink]] = {}
         self._decodes: dict[str, Peer[DecodeSession]] = {}
+        self.matrix = Matrix(self._ready, self._inquest.news)
         self._turns = count()
         self._joins = count()
 
@@ -135,26 +139,28 @@ class Pool:
         for peer in self._peers():
             peer.is_registered = peer.worker.worker_id in registered
 
-    def models(self) -> tuple[Model, ...]:
-        """Known models. Raises Unavailable as long as the registry was never heard."""
-        return self._known().models
-
-    def registered(self) -> tuple[Worker, ...]:
-        """Registered workers. Raises Unavailable as long as the registry was never heard."""
-        return self._known().workers
+    def models(self, allowance: Allowance = EVERYTHING) -> tuple[Model, ...]:
+        """Known models that may be used. Raises Unavailable as long as the registry was never heard."""
+        return tuple(model for model in self._known().models if allowance.permits(model.name))
 
     def _known(self) -> ClusterView:
         if self._view is None:
             raise Unavailable("the gateway has not heard the registry yet", retry_after_s=1)
         return self._view
 
-    def resolve(self, name: str | None) -> str:
-        """Return the model that a call means. Raises ModelNotFound or Unavailable."""
-        models = self.models()
+    def resolve(self, name: str | None, allowance: Allowance = EVERYTHING) -> str:
+        """Return the model that a call means. Raises ModelNotFound or Unavailable.
+
+        A model that may not be used is, for whoever asks, not there.
+        """
+        models = self.models(allowance)
         if name is None:
             default = next((model for model in models if model.is_default), models[0] if models else None)
+            if default is None and allowance.lists:
+                raise ModelNotFound("there is no model to use", param="model")
             return default.name if default else ""
-        if all(model.name != name for model in models) and all(peer.worker.model != name for peer in self._peers()):
+        is_there = any(model.name == name for model in models) or any(p.worker.model == name for p in self._peers())
+        if not (is_there and allowance.permits(name)):
             raise ModelNotFound(f"the model {name!r} does not exist", param="model")
         return name
 
@@ -230,7 +236,7 @@ class Pool:
         return Route(self._decodes[plan.decode].link, prefill, plan.why_local)
 
     def _candidates(self, question: routing.Question) -> list[routing.Candidate]:
-        candidates = [peer.candidate() for peer in self._peers()]
+        candidates = [peer.candidate(self.matrix.unreadable_by(peer.worker)) for peer in self._peers()]
         if not question.is_suspect:
             return candidates
         suspicious = {worker_id for worker_id, peer in self._decodes.items() if peer.link.has_suspects}
@@ -287,6 +293,9 @@ class Pool:
                 is_lost = not (peer.is_registered or peer.link.heart.is_up)
                 peer.num_ticks_lost = peer.num_ticks_lost + 1 if is_lost else 0
             self._forget_lost()
+
+    def _ready(self) -> Iterator[tuple[Worker, Link]]:
+        return ((peer.worker, peer.link) for peer in self._peers() if peer.link.heart.is_ready)
 
     def _peers(self) -> Iterator[Peer[PrefillLink] | Peer[DecodeSession]]:
         return chain(self._prefills.values(), self._decodes.values())

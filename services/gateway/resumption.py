@@ -53,7 +53,7 @@ class Resumption:
         if scope["method"] != "GET":
             raise failures.MethodNotAllowed("GET")
         headers = header_map(scope["headers"])
-        principal = self.inference.auth.authorize(headers, Scope.GENERATE)
+        principal = await self.inference.auth.authorize(headers, Scope.GENERATE)
         if request_id is None:
             raise NotFound("stream ids look like req_ and 24 hexadecimal digits, as in x-request-id")
         num_events = _num_events(headers)
@@ -76,7 +76,7 @@ class Resumption:
             request_id=record.context.request_id,
             endpoint=ENDPOINTS[record.call.path],
             principal=principal,
-            model=self.inference.pool.resolve(envelope.parse(body, self.inference.limits).model),
+            model=self._model(body, principal),
             http=record.call,
             received_at=now,
             deadline_at=now + record.context.time_left.ToTimedelta().total_seconds(),
@@ -85,6 +85,10 @@ class Resumption:
             journal=_journal(record, num_events) if is_streamed else Journal(),
             is_recalled=is_streamed,
         )
+
+    def _model(self, body: bytes, principal: Principal) -> str:
+        known = envelope.parse(body, self.inference.limits)
+        return self.inference.pool.resolve(known.model, principal.allowance)
 
 
 def _num_events(headers: Headers) -> int:

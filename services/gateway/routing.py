@@ -26,7 +26,8 @@ class Candidate:
     `pulse` None: not connected. `is_fresh` False: no pulse for a moment; it may hang, or this gateway was slow itself.
     `num_assigned`: requests of this gateway, since the last pulse may not show the newest yet. `num_local_prefills`:
     those whose prompts a decode worker computes. `warmth`: share of its capacity to use, less than 1 when it is new.
-    `has_suspects`: it runs requests that a worker may have died of.
+    `has_suspects`: it runs requests that a worker may have died of. `unreadable_by`: decode workers that found no way
+    to its blocks.
     """
 
     worker: Worker
@@ -36,6 +37,7 @@ class Candidate:
     num_local_prefills: int = 0
     warmth: float = 1.0
     has_suspects: bool = False
+    unreadable_by: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,6 +184,8 @@ def objection(  # noqa: PLR0911 - a list of reasons
         return "incompatible blocks"
     if reader is not None and not reader.can_read(worker):
         return "no common transport"
+    if reader is not None and reader.worker_id in candidate.unreadable_by:
+        return "no path"
     return None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from inferflux.config import CommonSettings, env_name
 from services.gateway.envelope import BodyLimits
@@ -27,6 +28,8 @@ class Settings(CommonSettings):
     """Largest request body; more is answered 413."""
     max_json_depth: int = 64
     """Deepest nesting of a request body; more is answered 400."""
+    max_sequences: int = 128
+    """Most sequences of one request, prompts times choices; more is answered 400."""
     max_header_bytes: int = 32 * 1024
     """Largest request line and headers together; more is answered 431."""
     max_headers: int = 100
@@ -69,9 +72,15 @@ class Settings(CommonSettings):
     """Answer 503 for want of a prefill worker, instead of letting decode workers compute prompts."""
     access_log: bool = True
     """One line per inference request."""
+    spool_dir: Path = Path()
+    """Where audit records wait while the policy service is away; default home/spool."""
+    audit_spool_bytes: int = 64 * MIB
+    """Most bytes of such records; then those of requests are lost, and actions of administrators refused."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.spool_dir == Path():
+            object.__setattr__(self, "spool_dir", self.home / "spool")
         required = ("policy_address", "registry_address")
         if missing := [env_name(name) for name in required if not getattr(self, name)]:
             raise ValueError("\n".join(f"{name}: missing" for name in missing))
@@ -94,4 +103,4 @@ class Settings(CommonSettings):
     @property
     def body_limits(self) -> BodyLimits:
         """The limits of request bodies."""
-        return BodyLimits(self.max_body_bytes, self.max_json_depth, self.slow_client_s)
+        return BodyLimits(self.max_body_bytes, self.max_json_depth, self.slow_client_s, self.max_sequences)

@@ -10,7 +10,7 @@ import asyncio
 import logging
 import random
 from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from typing import Generic, Protocol, TypeVar
 
 from inferflux.errors import InferfluxError
@@ -71,6 +71,13 @@ class Snapshot(Generic[T]):
         except TimeoutError:
             return False
         return True
+
+    async def changed(self, seen: T | None, timeout_s: float) -> None:
+        """Wait until another value than `seen` is in use, at most so long."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                while self.value is seen:
+                    await self._changed.wait()
 
     async def follow(self, open_stream: Open[T]) -> None:
         """Keep the value current until cancelled. `open_stream(revision)` yields values and raises InferfluxError."""

@@ -11,8 +11,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from inferflux.errors import Conflict, NotFound
-from services.policy.history import History, Revision
+from services.policy.history import CONFIG, MAX_REASON, SERVICE, History, Revision, draft
 from services.policy.keys import Key
+from services.policy.keys import key_id as key_id_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,19 +56,37 @@ class KeyBook:
 
     def add(self, key: Key, now_ms: int) -> KeyBook:
         """Add a new key. Raises Conflict when its secret is or was in use."""
-        if key.key_id in self.revoked:
-            raise Conflict(f"{key.key_id} was revoked; a revoked secret stays revoked")
-        if key.key_id in self.keys:
-            raise Conflict(f"{key.key_id} exists already")
+        self._require_unused(key.key_id, key.secret_hash)
         return self.put(key, now_ms)
+
+    def rotate(self, key_id: str, secret_hash: bytes, until_ms: int, now_ms: int) -> KeyBook:
+        """Give a key another secret; the one it has now is good until then.
+
+        The secret before that one is dead, and none of them is ever another key's. Raises NotFound, Conflict.
+        """
+        if (key := self.keys.get(key_id)) is None:
+            raise NotFound(f"no key {key_id!r}")
+        self._require_unused(key_id_of(secret_hash), secret_hash)
+        return self._retire(key, key.secret_hash).put(key.rotated(secret_hash, until_ms), now_ms)
+
+    def _require_unused(self, key_id: str, secret_hash: bytes) -> None:
+        if key_id in self.revoked:
+            raise Conflict(f"{key_id} was revoked; a revoked secret stays revoked")
+        if key_id in self.keys or any(secret_hash in key.hashes for key in self.keys.values()):
+            raise Conflict(f"{key_id} exists already")
+
+    def _retire(self, key: Key, *secret_hashes: bytes) -> KeyBook:
+        """Keep secrets of a key from ever being another's. The first one gave it its id, and is taken by that."""
+        return replace(self, revoked=self.revoked | {key_id_of(h) for h in secret_hashes} - {key.key_id})
 
     def upsert(self, keys: Iterable[Key], now_ms: int) -> KeyBook:
         """Add keys or change what they grant; revoked ones stay revoked. Idempotent."""
         book = self
         for key in keys:
             known = book.keys.get(key.key_id)
-            if key.key_id not in book.revoked and not (known and known.grants_same(key)):
-                book = book.put(replace(key, created_at_ms=known.created_at_ms) if known else key, now_ms)
+            wanted = known.granting(key) if known else key
+            if key.key_id not in book.revoked and wanted != known:
+                book = book.put(wanted, now_ms)
         return book
 
     def revoke(self, key_id: str, now_ms: int) -> KeyBook:
@@ -77,7 +96,8 @@ class KeyBook:
         if key_id not in self.keys:
             raise NotFound(f"no key {key_id!r}")
         kept = {known_id: key for known_id, key in self.keys.items() if known_id != key_id}
-        return replace(self, keys=kept, revoked=self.revoked | {key_id}).advance(now_ms)
+        book = self._retire(self.keys[key_id], *self.keys[key_id].hashes)
+        return replace(book, keys=kept, revoked=book.revoked | {key_id}).advance(now_ms)
 
     def apply(self, draft: Revision, now_ms: int, expected: int | None = None) -> KeyBook:
         """Make a document the newest revision. Raises Conflict, see History.expect."""
@@ -85,6 +105,27 @@ class KeyBook:
         book = self.advance(now_ms)
         revision = replace(draft, revision=book.revision, created_at_ms=now_ms)
         return replace(book, history=self.history.add(revision))
+
+    def configure(self, document: bytes | None, now_ms: int) -> KeyBook:
+        """Put in the configured document unless an administrator has ever changed the policy. Idempotent."""
+        newest = self.history.newest
+        if document is None or newest.author not in ("", CONFIG) or newest.document == document:
+            return self
+        return self.apply(draft(document, CONFIG, "as configured"), now_ms)
+
+    def revert(self, number: int, reason: str, now_ms: int) -> KeyBook:
+        """Take a candidate back: the live document is live again. Idempotent."""
+        candidate = self.history.candidate
+        if candidate is None or candidate.revision != number:
+            return self
+        return self.apply(draft(self.history.live.document, SERVICE, reason[:MAX_REASON]), now_ms)
+
+    def undo(self, number: int, now_ms: int) -> KeyBook:
+        """Take the newest revision back, if it is this one, since its author was told that it failed. Idempotent."""
+        if self.history.newest.revision != number:
+            return self
+        reason = f"revision {number} was answered as failed, though the store had taken it"
+        return self.apply(draft(self.history.before(number).live.document, SERVICE, reason), now_ms)
 
     def without_expired(self, now_ms: int) -> KeyBook:
         return replace(self, keys={i: key for i, key in self.keys.items() if not key.is_expired(now_ms)})

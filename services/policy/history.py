@@ -20,6 +20,8 @@ KEPT = 100
 MAX_REASON = 512
 MAX_AUTHOR = 64
 DEFAULT_ERROR_EXCESS = 0.05
+CONFIG, SERVICE = "config", "policy"
+"""Authors that are nobody: what was configured, and what the service itself takes back."""
 
 
 class Stage(StrEnum):
@@ -107,6 +109,10 @@ class History:
     def list(self, limit: int = 0) -> list[Revision]:
         """List the newest first; `limit` 0: all."""
         return sorted(self.revisions.values(), key=_number, reverse=True)[: limit or None]
+
+    def before(self, number: int) -> History:
+        """Return what there was before a revision."""
+        return History({n: revision for n, revision in self.revisions.items() if n < number})
 
     def expect(self, number: int | None) -> None:
         """Raise Conflict unless the newest revision is the one that its author knows; None: any."""

@@ -15,10 +15,11 @@ import random
 from collections.abc import Callable
 
 from inferflux.clock import Clock, until_tick
-from inferflux.errors import InvalidRequest, Unavailable
+from inferflux.errors import InvalidRequest, PolicyPersistFailed, Unavailable
 from inferflux.feed import Feed
 from inferflux.telemetry.metrics import SNAPSHOT_REVISION, STORE_UP
 from services.policy.book import KeyBook
+from services.policy.history import History, Revision
 from services.policy.keys import Key
 from services.policy.store import MAX_REVISION, PolicyStore
 
@@ -32,11 +33,13 @@ MAX_BACKOFF_S = 1.0
 class Keeper:
     """Owns the policy's state in this process. Used from one event loop."""
 
-    def __init__(self, store: PolicyStore, clock: Clock, initial: list[Key]) -> None:
+    def __init__(self, store: PolicyStore, clock: Clock, initial: list[Key], configured: bytes | None = None) -> None:
         self.feed: Feed[KeyBook] = Feed()
         self._store = store
         self._clock = clock
         self._initial = initial
+        self._configured = configured
+        self._abandoned: set[int] = set()
         self._memory = KeyBook()
         self._floor = 0
         self._is_up: bool | None = None
@@ -62,6 +65,27 @@ class Keeper:
         if not was_loaded:
             self._log_start(book)
         return book
+
+    async def apply(self, make: Callable[[History], Revision], expected: int | None) -> Revision:
+        """Make what `make` makes of the history the newest revision of the document.
+
+        Raises PolicyPersistFailed: nothing has changed; should the store have taken it all the same, it is taken back
+        as soon as that is seen. Raises Conflict and what `make` raises.
+        """
+        number = 0
+
+        def edit(stored: KeyBook) -> KeyBook:
+            nonlocal number
+            book = stored.apply(make(stored.history), self.now_ms(), expected)
+            number = book.revision
+            return book
+
+        try:
+            book = await self.change(edit)
+        except Unavailable as e:
+            self._abandoned.add(number)
+            raise PolicyPersistFailed(f"the policy was not changed: {e.message}", retry_after_s=1.0) from e
+        return book.history.get(number)
 
     async def refresh(self) -> None:
         """Take over what the store has, and give it what it lacks. Raises Unavailable."""
@@ -114,7 +138,11 @@ class Keeper:
         if stored.revision < self._memory.revision:
             log.error("the policy store went back and is repaired from memory", extra={"revision": stored.revision})
         book = stored.restore(self._memory, self.now_ms(), self._floor)
-        return book if self.is_loaded else book.upsert(self._initial, self.now_ms())
+        for number in self._abandoned:
+            book = book.undo(number, self.now_ms())
+        if self.is_loaded:
+            return book
+        return book.upsert(self._initial, self.now_ms()).configure(self._configured, self.now_ms())
 
     def _adopt(self, book: KeyBook) -> None:
         """Merge instead of replacing: writes may come back in another order than they were made."""

@@ -5,21 +5,22 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc
 
-from inferflux.errors import InvalidRequest, PolicyPersistFailed, Unavailable
-from inferflux.policy.document import canonical
+from inferflux.errors import InvalidRequest
+from inferflux.policy.identity import Scope
 from inferflux.policy.signature import Signer
 from inferflux.v1 import policy_service_pb2 as pb
-from inferflux.v1.policy_service_pb2_grpc import PolicyServiceServicer
+from services.policy.audit_log import AuditLog
 from services.policy.book import KeyBook
-from services.policy.history import History, Revision, Stage, draft
+from services.policy.document_servicer import DocumentServicer, to_revision
 from services.policy.keeper import Keeper
-from services.policy.keys import Key, Scope, new_key, new_secret
+from services.policy.keys import Key, hash_secret, new_key, new_secret
 from services.policy.pepper import Pepper
+from services.policy.replicas import Replicas
 
 log = logging.getLogger(__name__)
 
@@ -27,29 +28,25 @@ SERVICE = "/inferflux.v1.PolicyService/"
 CALLERS = {
     SERVICE: frozenset({"operator", "gateway"}),
     SERVICE + "WatchSnapshot": frozenset({"gateway"}),
+    SERVICE + "ReportPolicy": frozenset({"gateway"}),
+    SERVICE + "AppendAudit": frozenset({"gateway"}),
 }
 SCOPES = {
     Scope.GENERATE: pb.SCOPE_GENERATE,
     Scope.READ: pb.SCOPE_READ,
     Scope.ADMIN: pb.SCOPE_ADMIN,
 }
+MAX_GRACE_MS = 90 * 86_400_000
 SCOPES_FROM_PROTO = {number: scope for scope, number in SCOPES.items()}
-
-STAGES = {
-    Stage.LIVE: pb.POLICY_STAGE_LIVE,
-    Stage.CANARY: pb.POLICY_STAGE_CANARY,
-    Stage.SHADOW: pb.POLICY_STAGE_SHADOW,
-}
-STAGES_FROM_PROTO = {number: stage for stage, number in STAGES.items()}
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
-class PolicyServicer(PolicyServiceServicer):
+class PolicyServicer(DocumentServicer):
     """Callers are authorised by the server (see CALLERS) before anything here runs."""
 
-    def __init__(self, keeper: Keeper, pepper: Pepper, signer: Signer) -> None:
-        self._keeper = keeper
+    def __init__(self, keeper: Keeper, replicas: Replicas, audit: AuditLog, pepper: Pepper, signer: Signer) -> None:
+        super().__init__(keeper, replicas, audit)
         self._pepper = pepper
         self._signer = signer
         self._signed = pb.WatchSnapshotResponse()
@@ -73,8 +70,12 @@ class PolicyServicer(PolicyServiceServicer):
             tenant=request.tenant,
             expires_at_ms=request.expires_at.ToMilliseconds() if request.HasField("expires_at") else None,
             priority=request.priority,
+            team=request.team,
+            roles=request.roles,
+            models=request.models.names if request.HasField("models") else None,
             now_ms=now_ms,
         )
+        await self._will(context, "CreateKey", key.key_id)
         book = await self._keeper.change(lambda stored: stored.add(key, now_ms))
         log.info("key created", extra={"key_id": key.key_id, "tenant": key.tenant, "revision": book.revision})
         return pb.CreateKeyResponse(key=_to_record(key), secret=secret, revision=book.revision)
@@ -86,59 +87,21 @@ class PolicyServicer(PolicyServiceServicer):
 
     async def RevokeKey(self, request: pb.RevokeKeyRequest, context: Context) -> pb.RevokeKeyResponse:
         now_ms = self._keeper.now_ms()
+        await self._will(context, "RevokeKey", request.key_id)
         book = await self._keeper.change(lambda stored: stored.revoke(request.key_id, now_ms))
         log.info("key revoked", extra={"key_id": request.key_id, "revision": book.revision})
         return pb.RevokeKeyResponse(revision=book.revision)
 
-    async def GetPolicy(self, request: pb.GetPolicyRequest, context: Context) -> pb.GetPolicyResponse:
-        book = self._keeper.book()
-        history = book.history
-        answer = pb.GetPolicyResponse(revision=book.revision, newest=history.newest.revision)
-        answer.policy.CopyFrom(_to_revision(history.get(request.revision) if request.revision else history.live))
-        if history.candidate is not None and not request.revision:
-            answer.candidate.CopyFrom(_to_revision(history.candidate))
-        return answer
-
-    async def ApplyPolicy(self, request: pb.ApplyPolicyRequest, context: Context) -> pb.ApplyPolicyResponse:
-        stage = _stage(request.stage)
-        document = canonical(request.document) if request.document else None
-        expected = request.expected_revision if request.HasField("expected_revision") else None
-
-        def make(history: History) -> Revision:
-            return draft(
-                history.tried() if document is None else document,
-                request.author,
-                request.reason,
-                stage,
-                share=request.share,
-                max_error_excess=request.max_error_excess,
-            )
-
-        return pb.ApplyPolicyResponse(policy=await self._apply(make, expected))
-
-    async def ListRevisions(self, request: pb.ListRevisionsRequest, context: Context) -> pb.ListRevisionsResponse:
-        revisions = self._keeper.book().history.list(request.limit)
-        return pb.ListRevisionsResponse(revisions=[_to_revision(revision) for revision in revisions])
-
-    async def RollbackPolicy(self, request: pb.RollbackPolicyRequest, context: Context) -> pb.RollbackPolicyResponse:
-        expected = request.expected_revision if request.HasField("expected_revision") else None
-
-        def back(history: History) -> Revision:
-            return draft(history.get(request.revision).document, request.author, request.reason)
-
-        return pb.RollbackPolicyResponse(policy=await self._apply(back, expected))
-
-    async def _apply(self, make: Callable[[History], Revision], expected: int | None) -> pb.PolicyRevision:
-        """Write what `make` makes of the history; None of it stays when the store does not take it."""
-        now_ms = self._keeper.now_ms()
-        try:
-            book = await self._keeper.change(lambda stored: stored.apply(make(stored.history), now_ms, expected))
-        except Unavailable as e:
-            raise PolicyPersistFailed(f"the policy was not changed: {e.message}", retry_after_s=1.0) from e
-        revision = book.history.get(book.revision)
-        fields = {"revision": revision.revision, "author": revision.author, "stage": revision.stage}
-        log.info("policy changed", extra=fields)
-        return _to_revision(revision)
+    async def RotateKey(self, request: pb.RotateKeyRequest, context: Context) -> pb.RotateKeyResponse:
+        now_ms, secret = self._keeper.now_ms(), request.secret or new_secret()
+        secret_hash, grace_ms = hash_secret(secret, self._pepper), request.grace.ToMilliseconds()
+        if not 0 <= grace_ms <= MAX_GRACE_MS:
+            raise InvalidRequest(f"grace must be 0 to {MAX_GRACE_MS // 1000} seconds", param="grace_s")
+        until_ms = now_ms + grace_ms
+        await self._will(context, "RotateKey", request.key_id)
+        book = await self._keeper.change(lambda stored: stored.rotate(request.key_id, secret_hash, until_ms, now_ms))
+        log.info("key rotated", extra={"key_id": request.key_id, "grace_ms": grace_ms, "revision": book.revision})
+        return pb.RotateKeyResponse(key=_to_record(book.keys[request.key_id]), secret=secret, revision=book.revision)
 
     def _sign(self, book: KeyBook) -> pb.WatchSnapshotResponse:
         """Convert and sign a book once for all watchers."""
@@ -152,30 +115,10 @@ class PolicyServicer(PolicyServiceServicer):
         keys = [_to_record(key, with_hash=True) for key in book.live(self._keeper.now_ms())]
         snapshot = pb.PolicySnapshot(revision=book.revision, keys=keys)
         if book.history.revisions:
-            snapshot.policy.CopyFrom(_to_revision(book.history.live))
+            snapshot.policy.CopyFrom(to_revision(book.history.live))
         if book.history.candidate is not None:
-            snapshot.candidate.CopyFrom(_to_revision(book.history.candidate))
+            snapshot.candidate.CopyFrom(to_revision(book.history.candidate))
         return snapshot
-
-
-def _stage(number: int) -> Stage:
-    if number not in STAGES_FROM_PROTO:
-        raise InvalidRequest(f"unknown stage {number}", param="stage")
-    return STAGES_FROM_PROTO[pb.PolicyStage.ValueType(number)]
-
-
-def _to_revision(revision: Revision) -> pb.PolicyRevision:
-    message = pb.PolicyRevision(
-        revision=revision.revision,
-        document=revision.document,
-        author=revision.author,
-        reason=revision.reason,
-        stage=STAGES[revision.stage],
-        share=revision.share,
-        max_error_excess=revision.max_error_excess,
-    )
-    message.created_at.FromMilliseconds(revision.created_at_ms)
-    return message
 
 
 def _scope(number: int) -> Scope:
@@ -192,7 +135,13 @@ def _to_record(key: Key, *, with_hash: bool = False) -> pb.KeyRecord:
         tenant=key.tenant,
         scopes=[SCOPES[scope] for scope in sorted(key.scopes)],
         priority=key.priority,
+        team=key.team,
+        roles=sorted(key.roles),
+        models=pb.ModelList(names=key.models) if key.models is not None else None,
+        previous_hash=key.previous_hash if with_hash else b"",
     )
+    if key.previous_hash:
+        record.previous_until.FromMilliseconds(key.previous_until_ms)
     record.created_at.FromMilliseconds(key.created_at_ms)
     if key.expires_at_ms is not None:
         record.expires_at.FromMilliseconds(key.expires_at_ms)

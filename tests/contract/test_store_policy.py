@@ -9,9 +9,10 @@ import pytest
 
 from inferflux.clock import ManualClock
 from inferflux.errors import ConfigError, NotFound, Unavailable
+from inferflux.policy.identity import Scope
 from services.policy.book import KeyBook
 from services.policy.keeper import Keeper
-from services.policy.keys import Scope, new_key
+from services.policy.keys import new_key
 from services.policy.pepper import Pepper
 from services.policy.store import PolicyStore
 from tests.support.redis_server import RedisServer, redis_binaries

@@ -239,3 +239,19 @@ def test_a_forced_transport_serves_a_whole_cluster_and_shows_in_the_matrix() -> 
     assert table.count("nixl") == 4
     assert 'kv_transfer_bytes_total{transport="nixl"}' in metrics
     assert 'kv_transfer_bytes_total{transport="shm"}' not in metrics
+
+
+def test_no_request_goes_where_its_blocks_could_not_be_read() -> None:
+    """A decode worker tries its paths when it comes; the one that it can't open is not used."""
+    with Cluster.start(prefill=2, decode=1, env={"INFERFLUX_KV_TRANSPORT": "shm"}) as cluster:
+        (cluster.home / "run" / "prefill-0.arena.sock").unlink()
+        cluster.wait_restarted(cluster.kill("decode"))
+        matrix = json.loads(cluster.inferctl("pools", "--matrix", "-o", "json").stdout)["data"]
+        with httpx.Client(base_url=cluster.url, headers=cluster.headers, timeout=30) as client:
+            for n in range(4):
+                body = {"model": cluster.model, "prompt": f"Prompt {n} " * 40, "max_tokens": 5}
+                client.post("/v1/completions", json=body).raise_for_status()
+        metrics = cluster.metrics("gateway", 0)
+
+    assert {path["prefill"]: path["state"] for path in matrix} == {"prefill-0": "KV_UNREACHABLE", "prefill-1": "ok"}
+    assert "inferflux_kv_rejected_total{" not in metrics

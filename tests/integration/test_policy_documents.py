@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import socket
+import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack
+from pathlib import Path
 
 import httpx
 import pytest
 
-from tests.support.cluster import poll
+from tests.support.cluster import inferctl, poll
 from tests.support.redis_server import RedisServer
 from tests.support.service import Service, temporary_home
 
@@ -82,3 +86,118 @@ def test_a_wrong_document_is_refused_with_all_its_problems(http):
     for path in ("$.audit.sample", "$.audit.x", "$.y"):
         assert path in answer.json()["error"]["message"]
     assert http.get("/v1/admin/policy").json()["revision"] == before
+
+
+def applied(http: httpx.Client, document: dict[str, object], **terms: object) -> dict[str, object]:
+    answer = http.put("/v1/admin/policy", json={"document": document, **terms})
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
+def test_a_document_goes_through_shadow_and_canary_to_live_and_back(http):
+    """Each step a revision; a change that does not know the newest one is refused."""
+    first = applied(http, {"audit": {"sample": 0.1}})
+    tried = applied(http, {"audit": {"sample": 0.2}}, stage="shadow", expected_revision=first["revision"])
+    stale = http.put("/v1/admin/policy", json={"document": {}, "expected_revision": first["revision"]})
+    canary = http.post("/v1/admin/policy/promote", json={"stage": "canary", "share": 0.25}).json()
+    state = http.get("/v1/admin/policy").json()
+    live = http.post("/v1/admin/policy/promote", json={"expected_revision": canary["revision"]}).json()
+    back = http.post("/v1/admin/policy/rollback", json={"revision": first["revision"], "reason": "slow"}).json()
+    listed = http.get("/v1/admin/policy/revisions?limit=2").json()["data"]
+
+    assert stale.status_code == 409
+    assert (state["revision"], state["candidate"]["revision"]) == (first["revision"], canary["revision"])
+    assert (canary["share"], canary["document"]) == (0.25, tried["document"])
+    assert (live["stage"], live["document"], back["document"]) == ("live", tried["document"], first["document"])
+    assert [revision["revision"] for revision in listed] == [back["revision"], live["revision"]]
+    assert [change["path"] for change in listed[0]["changes"]] == ["$.audit.sample"]
+    assert http.post("/v1/admin/policy/promote", json={}).status_code == 409
+    assert http.get("/v1/admin/policy/revisions/1").status_code == 404
+
+
+def test_parts_of_the_document_have_addresses_of_their_own(http):
+    """They are views: what they change is a new revision of the whole."""
+    before = applied(http, {"audit": {"sample": 0.1}})
+    put = http.put("/v1/admin/guardrails", json={"value": {}, "expected_revision": before["revision"]})
+    stale = http.put("/v1/admin/guardrails", json={"value": {}, "expected_revision": before["revision"]})
+    wrong = http.put("/v1/admin/rate_limit", json={"value": {"no such limit": 1}})
+    document = http.get("/v1/admin/policy").json()["document"]
+    deleted = http.delete("/v1/admin/guardrails").json()
+
+    assert (put.status_code, stale.status_code) == (200, 409)
+    assert (wrong.status_code, "$.limits.rate_limit" in wrong.json()["error"]["message"]) == (400, True)
+    assert document == {"audit": {"sample": 0.1}, "guardrails": {}}
+    assert http.get("/v1/admin/guardrails").json()["value"] is None
+    assert http.get("/v1/admin/policy").json()["revision"] == deleted["revision"]
+
+
+def test_gateways_report_what_they_use(http):
+    """And are not behind for long."""
+    made = applied(http, {"audit": {"sample": 0.3}})
+
+    def is_reported() -> bool:
+        replicas = http.get("/v1/admin/policy/status").json()["data"]
+        return any(r["policy_revision"] == made["revision"] and r["lag_s"] == 0 for r in replicas)
+
+    poll(is_reported, 20, "the gateway has not reported the revision")
+
+
+def test_only_administrators_reach_the_policy(http):
+    """Nor do readers."""
+    reader = {"authorization": f"Bearer {READER}"}
+    for path in ("policy", "policy/revisions", "policy/status", "guardrails", "rate_limit", "budgets", "audit"):
+        assert http.get(f"/v1/admin/{path}", headers=reader).status_code == 403
+
+
+def run(url: str, home: Path, *arguments: str, key: str = KEY) -> subprocess.CompletedProcess[str]:
+    return inferctl(home, *arguments, INFERCTL_URL=url, INFERCTL_API_KEY=key)
+
+
+def test_inferctl_applies_compares_lists_and_rolls_back(http, url, plane, tmp_path):
+    """As an administrator at his terminal does it."""
+    file = tmp_path / "policy.toml"
+    file.write_text("[audit]\nsample = 0.25\n")
+    first = json.loads(run(url, plane.home, "policy", "apply", str(file), "--reason", "one", "-o", "json").stdout)
+    file.write_text("[audit]\nsample = 0.75\n")
+    difference = json.loads(run(url, plane.home, "policy", "diff", str(file), "-o", "json").stdout)["data"]
+    run(url, plane.home, "policy", "apply", str(file), "--expect", str(first["revision"]))
+    stale = run(url, plane.home, "policy", "apply", str(file), "--expect", str(first["revision"]))
+    back = json.loads(run(url, plane.home, "policy", "rollback", "-o", "json").stdout)
+    history = run(url, plane.home, "policy", "history", "-n", "3")
+    file.write_text("[audit]\nsample = 7\nmore = 1\n")
+    wrong = run(url, plane.home, "policy", "validate", str(file))
+
+    assert difference == [{"path": "$.audit.sample", "kind": "changed", "before": 0.25, "after": 0.75}]
+    assert (stale.returncode, "409" in stale.stderr) == (1, True)
+    assert (back["document"], back["stage"]) == (first["document"], "live")
+    assert str(back["revision"]) in history.stdout
+    assert wrong.returncode == 1
+    assert "$.audit.sample" in wrong.stderr
+    assert "$.audit.more" in wrong.stderr
+    assert run(url, plane.home, "policy", "get", key=READER).returncode == 4
+    assert "gateway-0" in run(url, plane.home, "policy", "status").stdout
+
+
+def test_inferctl_searches_and_verifies_the_audit_log(http, url, plane):
+    """What was done is there, bound and signed; one changed byte is found at its line."""
+    made = http.put("/v1/admin/policy", json={"document": {}})
+    request_id = made.headers["x-request-id"]
+
+    def is_found() -> bool:
+        return request_id in run(url, plane.home, "audit", "search", "--request", request_id).stdout
+
+    poll(is_found, 20, "the action is not in the audit log")
+    assert run(url, plane.home, "audit", "tail", "-n", "5").returncode == 0
+    good = run(url, plane.home, "audit", "verify")
+    assert (good.returncode, "policy-0" in good.stderr) == (0, True)
+
+    (log,) = (plane.home / "audit").glob("policy-0-*.jsonl")
+    copy = plane.home / "copy"
+    shutil.copytree(log.parent, copy)
+    lines = (copy / log.name).read_bytes().splitlines(keepends=True)
+    (copy / log.name).write_bytes(b"".join([lines[0], lines[1].replace(b"admin", b"nimda"), *lines[2:]]))
+    bad = run(url, plane.home, "audit", "verify", str(copy))
+    shutil.rmtree(copy)
+
+    assert bad.returncode == 1
+    assert f"{log.name}:2" in bad.stderr

@@ -92,6 +92,34 @@ def ids(snapshot: pb.PolicySnapshot) -> set[str]:
     return {key.key_id for key in snapshot.keys}
 
 
+async def test_a_rotated_key_keeps_what_it_may_and_its_old_secret_for_a_while(cluster):
+    """Gateways get both hashes and until when; a restart forgets nothing; a revocation ends both."""
+    async with client(service := cluster.service()) as stub, watching(service) as watcher:
+        fields = {"team": "red", "roles": ["dev"], "models": pb.ModelList(names=["tiny"]), "scopes": []}
+        made = await create(stub, "ci", **fields)
+        request = pb.RotateKeyRequest(key_id=made.key.key_id)
+        request.grace.FromSeconds(60)
+        rotated = await stub.RotateKey(request)
+        snapshot = await watcher.until(lambda s: s.revision >= rotated.revision)
+
+        pepper = Pepper.load(cluster.home / "secrets/pepper.key")
+        record = snapshot.keys[0]
+        assert (record.team, list(record.roles), list(record.models.names)) == ("red", ["dev"], ["tiny"])
+        assert record.secret_hash == pepper.hash_secret(rotated.secret)
+        assert record.previous_hash == pepper.hash_secret(made.secret)
+        assert 0 < record.previous_until.ToSeconds() - time.time() <= 60
+        assert rotated.key.previous_hash == rotated.key.secret_hash == b""
+
+        service.restart()
+        listing = (await stub.ListKeys(pb.ListKeysRequest(), wait_for_ready=True)).keys
+        assert list(listing) == [rotated.key]
+        await revoke(stub, made.key.key_id)
+        for secret in (made.secret, rotated.secret):
+            with pytest.raises(Conflict):
+                await create(stub, secret=secret)
+        assert not [secret for secret in (made.secret, rotated.secret) if secret in service.log()]
+
+
 async def test_keys_are_created_listed_pushed_and_revoked(cluster):
     """The secret is in one answer only; gateways get its hash, lists get neither."""
     async with client(service := cluster.service()) as stub, watching(service) as watcher:

@@ -63,6 +63,8 @@ class FakePolicy(PolicyServiceServicer):
         self._pepper = pepper
         self._signer = Signer(seed)
         self.policy: policy_pb.PolicyRevision | None = None
+        self.audit: list[dict[str, Any]] = []
+        self.reports: list[policy_pb.ReportPolicyRequest] = []
         self.revision = 0
         self.keys: dict[str, policy_pb.KeyRecord] = {}
         self.feed: Feed[policy_pb.PolicySnapshot] = Feed()
@@ -88,6 +90,21 @@ class FakePolicy(PolicyServiceServicer):
         async for _, snapshot in self.feed.watch():
             data = snapshot.SerializeToString()
             yield policy_pb.WatchSnapshotResponse(snapshot=data, signature=self._signer.sign(data))
+
+    async def ReportPolicy(self, request, context) -> policy_pb.ReportPolicyResponse:
+        self.reports.append(request)
+        return policy_pb.ReportPolicyResponse()
+
+    async def AppendAudit(self, request, context) -> policy_pb.AppendAuditResponse:
+        self.audit += [json.loads(record) for record in request.records]
+        return policy_pb.AppendAuditResponse()
+
+    def apply(self, document: dict[str, Any]) -> None:
+        """Push another policy document."""
+        revision = self.revision + 1
+        stage = policy_pb.POLICY_STAGE_LIVE
+        self.policy = policy_pb.PolicyRevision(revision=revision, document=json.dumps(document).encode(), stage=stage)
+        self.publish(revision)
 
     async def CreateKey(self, request, context) -> policy_pb.CreateKeyResponse:
         secret = request.secret or f"made-by-the-service-{len(self.keys)}"

@@ -13,6 +13,7 @@ from inferflux.errors import Conflict
 from inferflux.lifecycle import Lifecycle
 from services.gateway.admin import AdminApi
 from services.gateway.app import Doorway, Gate, create_app
+from services.gateway.audit_api import AuditApi
 from services.gateway.auth import Authenticator, Key, KeyRing, Principal, hash_secret
 from services.gateway.cache import CacheApi
 from services.gateway.endpoints import ENDPOINTS, Scope
@@ -22,9 +23,11 @@ from services.gateway.fleet_api import FleetApi
 from services.gateway.idempotency import Idempotency, RecordLimits, Records
 from services.gateway.inference import Inference
 from services.gateway.matrix import Matrix
+from services.gateway.news import News
 from services.gateway.policy import Policies
 from services.gateway.policy_api import PolicyApi
 from services.gateway.policy_documents import PolicyRevision, PolicyState
+from services.gateway.policy_views import PolicyViews
 from services.gateway.pool import Pool, Terms
 from services.gateway.routing import LocalPrefill
 from services.gateway.views import Model
@@ -46,6 +49,9 @@ class Policy:
     async def create_key(self, key):
         raise Conflict("no new keys here")
 
+    async def rotate_key(self, key_id, grace_s, secret):
+        raise Conflict("no new secrets here")
+
     async def revoke_key(self, key_id):
         return 8
 
@@ -58,6 +64,18 @@ class Documents:
 
     async def apply(self, change):
         raise Conflict("no changes here")
+
+    async def history(self, limit):
+        return [REVISION]
+
+    async def revision(self, number):
+        return REVISION
+
+    async def replicas(self):
+        return 7, []
+
+    async def search(self, fields, since, most):
+        return []
 
 
 def key_ring() -> KeyRing:
@@ -82,11 +100,10 @@ def app() -> Doorway:
         access_log=None,
     )
     idempotency = Idempotency(inference, Records(ManualClock(), RecordLimits(1, 1)), tasks=None)
-    admin = AdminApi(Policy(), never, FleetApi(Fleet(lambda: ())), Matrix(None, lambda: ()))
+    admin = AdminApi(Policy(), never, FleetApi(Fleet(lambda: ())), Matrix(lambda: (), News()))
+    apis = PolicyApi(Documents(), never), PolicyViews(Documents(), never), AuditApi(Documents())
     cache = CacheApi(inference.auth, inference.pool, str)
-    return create_app(
-        idempotency, (admin, cache, PolicyApi(Documents(), never)), lambda: (MODEL,), Lifecycle("gateway", "g")
-    )
+    return create_app(idempotency, (admin, cache, *apis), lambda _: (MODEL,), Lifecycle("gateway", "g"))
 
 
 @pytest.fixture
@@ -106,7 +123,7 @@ def bearer(scope: Scope) -> dict[str, str]:
 
 
 def concrete(path: str) -> str:
-    named = path.replace("{key_id}", "key_1").replace("{worker_id}", "decode-0")
+    named = path.replace("{key_id}", "key_1").replace("{worker_id}", "decode-0").replace("{revision}", "7")
     return named.replace("{name:path}", "tiny").replace("{name}", "system")
 
 
@@ -117,12 +134,23 @@ ALL_PATHS = (
     "/v1/models/tiny",
     "/v1/admin/api_keys",
     "/v1/admin/api_keys/key_1",
+    "/v1/admin/api_keys/key_1/rotate",
     "/v1/admin/workers",
     "/v1/admin/workers/decode-0",
     "/v1/admin/workers/decode-0/drain",
     "/v1/admin/tickets",
     "/v1/admin/paths",
     "/v1/admin/policy",
+    "/v1/admin/policy/revisions",
+    "/v1/admin/policy/revisions/7",
+    "/v1/admin/policy/validate",
+    "/v1/admin/policy/promote",
+    "/v1/admin/policy/rollback",
+    "/v1/admin/policy/status",
+    "/v1/admin/guardrails",
+    "/v1/admin/rate_limit",
+    "/v1/admin/budgets",
+    "/v1/admin/audit",
     "/v1/admin/cache",
     "/v1/admin/cache/warm",
     "/v1/admin/cache/pins",
@@ -182,19 +210,31 @@ NEEDS = {
     "/v1/models/tiny": {Scope.READ, Scope.GENERATE},
     "/v1/admin/api_keys": set(),
     "/v1/admin/api_keys/key_1": set(),
+    "/v1/admin/api_keys/key_1/rotate": set(),
     "/v1/admin/workers": set(),
     "/v1/admin/workers/decode-0": set(),
     "/v1/admin/workers/decode-0/drain": set(),
     "/v1/admin/tickets": set(),
     "/v1/admin/paths": set(),
     "/v1/admin/policy": set(),
+    "/v1/admin/policy/revisions": set(),
+    "/v1/admin/policy/revisions/7": set(),
+    "/v1/admin/policy/validate": set(),
+    "/v1/admin/policy/promote": set(),
+    "/v1/admin/policy/rollback": set(),
+    "/v1/admin/policy/status": set(),
+    "/v1/admin/guardrails": set(),
+    "/v1/admin/rate_limit": set(),
+    "/v1/admin/budgets": set(),
+    "/v1/admin/audit": set(),
 } | {path: {Scope.GENERATE} for path in ENDPOINTS}
 
 
 @pytest.mark.parametrize("path", NEEDS)
 async def test_each_route_takes_exactly_its_scopes(client, path):
     """403 for the others, and for nobody else; ADMIN may do everything."""
-    method = "POST" if path in ENDPOINTS or path.endswith("drain") else "DELETE" if path.endswith("key_1") else "GET"
+    posts = ("drain", "rotate", "validate", "promote", "rollback")
+    method = "POST" if path in ENDPOINTS or path.endswith(posts) else "DELETE" if path.endswith("key_1") else "GET"
     for scope in Scope:
         response = await client.request(method, path, headers=bearer(scope), content=b"not json")
 

@@ -7,8 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from inferflux.errors import InvalidRequest, PermissionDenied, Unauthenticated, Unavailable
+from inferflux.policy.identity import IdentitySection, compile_identity
 from services.gateway.asgi import header_map
-from services.gateway.auth import Authenticator, Key, KeyRing, Principal, cache_salt, hash_secret, read_secret
+from services.gateway.auth import Authenticator, Key, KeyRing, Principal, cache_salt, hash_secret, read_credential
 from services.gateway.endpoints import Scope
 
 PEPPER = b"p" * 32
@@ -84,7 +85,7 @@ def test_anything_else_is_no_key(headers):
 @pytest.mark.parametrize("secret", [b"!" * 8, b"~" * 256, bytes(range(0x21, 0x7F))])
 def test_keys_of_8_to_256_visible_characters_are_well_formed(secret):
     """The limits themselves are allowed."""
-    assert read_secret(bearer(secret)) == secret
+    assert authenticator(key(secret)).authenticate(bearer(secret))
 
 
 @pytest.mark.parametrize(
@@ -111,7 +112,7 @@ def test_ill_formed_keys_are_refused_before_anything_is_done_with_them(secret):
 def test_any_bytes_are_a_key_or_refused(secret):
     """And what is accepted came through unchanged."""
     try:
-        assert read_secret({b"x-api-key": secret}) == secret
+        assert read_credential({b"x-api-key": secret}) == secret
     except Unauthenticated:
         assert not (8 <= len(secret) <= 256 and all(0x21 <= byte <= 0x7E for byte in secret))
 
@@ -176,24 +177,24 @@ def test_another_pepper_makes_another_hash():
 
 @pytest.mark.parametrize("scope", Scope)
 @pytest.mark.parametrize("has", Scope)
-def test_a_scope_is_needed_and_admin_has_all(has, scope):
+async def test_a_scope_is_needed_and_admin_has_all(has, scope):
     """403, not 401, with the scope's name: the key is good, just not for this."""
     auth = authenticator(key(SECRET, has))
     if has in (scope, Scope.ADMIN):
-        assert auth.authorize(bearer(SECRET), scope).key_id == "key_1"
+        assert (await auth.authorize(bearer(SECRET), scope)).key_id == "key_1"
     else:
         with pytest.raises(PermissionDenied, match=scope) as raised:
-            auth.authorize(bearer(SECRET), scope)
+            await auth.authorize(bearer(SECRET), scope)
         assert raised.value.http_status == 403
 
 
-def test_a_key_without_scopes_may_do_nothing():
+async def test_a_key_without_scopes_may_do_nothing():
     """Such come from a newer policy service whose scopes this gateway does not know."""
     bare = Key(hash_secret(PEPPER, SECRET), Principal("key_1", "acme", frozenset()))
 
     for scope in Scope:
         with pytest.raises(PermissionDenied):
-            authenticator(bare).authorize(bearer(SECRET), scope)
+            await authenticator(bare).authorize(bearer(SECRET), scope)
 
 
 @pytest.mark.parametrize("name", [b"authorization", b"x-api-key", b"content-length", b"host"])
@@ -211,3 +212,44 @@ def test_cache_salts_separate_tenants_and_clusters():
 
     assert len(salts) == 6
     assert cache_salt(b"1" * 32, "acme") in salts
+
+
+# --- what the policy adds
+
+
+def test_the_policy_adds_roles_and_takes_models():
+    """Without a section the key is what it says itself; with one, roles add scopes and every list counts."""
+    section = {
+        "tenants": {"acme": {"models": ["llama-*", "tiny"], "teams": {"red": {"models": ["tiny", "llama-8b"]}}}},
+        "roles": {"watcher": ["read"]},
+    }
+    identity = compile_identity(IdentitySection.model_validate(section))
+    principal = Principal("key_1", "acme", frozenset({Scope.GENERATE}), team="red")
+    record = Key(hash_secret(PEPPER, SECRET), principal, roles=("watcher", "unknown"), models=("tiny", "big"))
+    ring = KeyRing(1, {record.secret_hash: record})
+
+    bare = Authenticator(PEPPER, lambda: ring).authenticate(bearer(SECRET))
+    found = Authenticator(PEPPER, lambda: ring, identity=lambda _: identity).authenticate(bearer(SECRET))
+
+    assert (bare.scopes, found.scopes) == ({Scope.GENERATE}, {Scope.GENERATE, Scope.READ})
+    assert [name for name in ("tiny", "big", "llama-8b", "llama-70b") if bare.allowance.permits(name)] == [
+        "tiny",
+        "big",
+    ]
+    assert [name for name in ("tiny", "big", "llama-8b", "llama-70b") if found.allowance.permits(name)] == ["tiny"]
+
+
+def test_looking_for_a_key_takes_the_same_steps_whatever_is_wrong():
+    """An expired key is found, an unknown one is not; both are compared and dated, so that time tells nothing."""
+    dates = []
+
+    def now() -> float:
+        dates.append(NOW)
+        return NOW
+
+    expired = KeyRing(1, {(k := key(expires_at=NOW)).secret_hash: k})
+    for ring in (expired, KeyRing(1, {})):
+        auth = Authenticator(PEPPER, lambda ring=ring: ring, now)
+        refusal(auth, bearer(SECRET))
+
+    assert len(dates) == 2

@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from inferflux.errors import Conflict, NotFound
+from inferflux.policy.identity import Scope
 from services.policy.book import KeyBook
-from services.policy.keys import Key, Scope
+from services.policy.keys import Key, key_id
 
 NOW_MS = 1_700_000_000_000
 
@@ -30,8 +31,9 @@ books = st.builds(
 )
 
 
-def key(key_id="key_1", **changes):
-    return Key(key_id, b"hash", "name", **{"scopes": frozenset({Scope.READ})} | changes)
+def key(name="key_1", **changes):
+    fields = {"secret_hash": f"hash of {name}".encode(), "name": "name", "scopes": frozenset({Scope.READ})}
+    return Key(key_id=name, **fields | changes)
 
 
 @given(books, books, books)
@@ -141,3 +143,73 @@ def test_live_keys_are_listed_oldest_first():
     book = book.put(replace(key("key_0"), created_at_ms=1), 3)
 
     assert [live.key_id for live in book.live(NOW_MS)] == ["key_0", "key_b", "key_a"]
+
+
+# --- rotation
+
+
+def secret(number: int) -> bytes:
+    return bytes([number]) * 32
+
+
+def rotated() -> KeyBook:
+    """A key with its second secret."""
+    return (
+        KeyBook()
+        .add(key(key_id(secret(1)), secret_hash=secret(1)), NOW_MS)
+        .rotate(key_id(secret(1)), secret(2), NOW_MS + 5, NOW_MS)
+    )
+
+
+def test_a_rotated_key_keeps_its_id_and_its_old_secret_for_a_while():
+    """And no older one."""
+    book = rotated()
+    (record,) = book.keys.values()
+    assert (record.secret_hash, record.previous_hash, record.previous_until_ms) == (secret(2), secret(1), NOW_MS + 5)
+
+    again = book.rotate(record.key_id, secret(3), NOW_MS, NOW_MS).keys[record.key_id]
+    assert again.hashes == {secret(3), secret(2)}
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_no_secret_that_a_key_ever_had_becomes_another_keys(number):
+    """Whether it is in use, in grace, or long gone; also not after the key was revoked."""
+    (name,) = rotated().keys
+    book = rotated().rotate(name, secret(3), NOW_MS, NOW_MS)
+    wanted = key(key_id(secret(number)), secret_hash=secret(number))
+
+    for stage in (book, book.revoke(name, NOW_MS)):
+        with pytest.raises(Conflict):
+            stage.add(wanted, NOW_MS)
+    with pytest.raises(Conflict):
+        book.rotate(name, secret(number), NOW_MS, NOW_MS)
+
+
+def test_only_keys_that_are_there_can_be_rotated():
+    """Neither strangers nor revoked ones."""
+    (name,) = rotated().keys
+    for book in (KeyBook(), rotated().revoke(name, NOW_MS)):
+        with pytest.raises(NotFound):
+            book.rotate(name, secret(4), NOW_MS, NOW_MS)
+
+
+def test_a_store_that_lost_a_rotation_gets_it_back():
+    """From a service that made it: the secret that was to go stays gone."""
+    (name,) = rotated().keys
+    before = KeyBook().add(key(name, secret_hash=secret(1)), NOW_MS)
+    after = before.rotate(name, secret(2), NOW_MS, NOW_MS)
+
+    assert before.restore(after, NOW_MS).keys == after.keys
+    assert after.restore(before, NOW_MS).keys == after.keys
+
+
+def test_the_environment_does_not_undo_a_rotation():
+    """The secret in INFERFLUX_API_KEYS named the key once; what it may do is still said there."""
+    (name,) = rotated().keys
+    first = key(name, secret_hash=secret(1))
+    wanted = replace(first, scopes=frozenset({Scope.ADMIN}))
+    book = rotated()
+
+    assert book.upsert([first], NOW_MS) is book
+    updated = book.upsert([wanted], NOW_MS).keys[name]
+    assert (updated.secret_hash, updated.scopes) == (secret(2), {Scope.ADMIN})

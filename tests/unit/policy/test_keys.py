@@ -8,7 +8,8 @@ import hmac
 import pytest
 
 from inferflux.errors import ConfigError, InvalidRequest
-from services.policy.keys import Scope, decode_key, encode_key, new_key, new_secret, parse_api_keys
+from inferflux.policy.identity import Scope
+from services.policy.keys import decode_key, encode_key, new_key, new_secret, parse_api_keys
 from services.policy.pepper import Pepper
 
 PEPPER = Pepper(b"p" * 32)
