@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol
 from services.guardrails.examples import INJECTIONS
 
 WINDOW_CHARS = 300
-"""Of a text that is compared at a time: about as long as what it is compared with."""
+"""Of a text that is judged at a time, at most."""
 
 
 class Found(NamedTuple):
@@ -76,7 +76,7 @@ class Injection:
 
     def judge(self, question: Question) -> Iterator[Found]:
         known = self._embedded((*INJECTIONS, *question.examples))
-        places = [(number, *place) for number, text in enumerate(question.texts) for place in windows(text)]
+        places = [(number, *place) for number, text in enumerate(question.texts) for place in sentences(text)]
         if not places:
             return
         asked = self._embed([question.texts[number][start:end] for number, start, end in places])
@@ -107,19 +107,23 @@ class Profanity:
 
 
 KINDS: dict[str, Callable[[], Judge]] = {"entities": Entities, "injection": Injection, "profanity": Profanity}
-_SENTENCE = re.compile(r"[^.!?\n]+[.!?\n]*\s*")
+_SENTENCE = re.compile(r"[^.!?\n]+[.!?\n]*\s*|[.!?\n]+\s*")
+
+
+def sentences(text: str) -> Iterator[tuple[int, int]]:
+    """Yield the places of sentences, long ones in pieces. Two together mean neither of what they mean alone."""
+    for sentence in _SENTENCE.finditer(text):
+        for start in range(sentence.start(), sentence.end(), WINDOW_CHARS):
+            yield start, min(start + WINDOW_CHARS, sentence.end())
 
 
 def windows(text: str) -> Iterator[tuple[int, int]]:
-    """Yield the places of what a text is judged by: sentences, short ones together, long ones in pieces."""
+    """Yield the places of neighbouring sentences, together as long as they fit."""
     start = end = 0
-    for sentence in _SENTENCE.finditer(text):
-        if sentence.end() - start > WINDOW_CHARS and end > start:
+    for begin, stop in sentences(text):
+        if stop - start > WINDOW_CHARS and end > start:
             yield start, end
-            start = end
-        end = sentence.end()
-        while end - start > WINDOW_CHARS:
-            yield start, start + WINDOW_CHARS
-            start += WINDOW_CHARS
-    if end > start and text[start:end].strip():
+            start = begin
+        end = stop
+    if end > start:
         yield start, end

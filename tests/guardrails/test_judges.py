@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
-from services.guardrails.judges import KINDS, WINDOW_CHARS, Judge, Question, windows
+from services.guardrails.judges import KINDS, WINDOW_CHARS, Judge, Question, sentences, windows
 
 pytestmark = [pytest.mark.timeout(300), pytest.mark.filterwarnings("ignore")]
 
@@ -65,10 +65,11 @@ def test_profanity_is_found_in_its_sentence(profanity: Judge):
     assert "asshole" in said[found.start : found.end]
 
 
-def test_windows_cover_a_text():
+@pytest.mark.parametrize("cut", [windows, sentences])
+def test_windows_cover_a_text(cut: Callable[[str], Iterator[tuple[int, int]]]):
     """Nothing is left out, and none is too long."""
-    text = "One. Two! " + "word " * 200 + "\n\nLast?"
-    places = list(windows(text))
+    text = "One. Two! " + "word " * 200 + "\n\nLast? ...and more"
+    places = list(cut(text))
 
     assert "".join(text[start:end] for start, end in places) == text
     assert all(end - start <= WINDOW_CHARS for start, end in places)
