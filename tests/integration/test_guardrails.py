@@ -358,3 +358,15 @@ async def test_a_rule_that_can_not_be_asked_fails_as_the_policy_says(on_failure:
 
         assert response.status_code == status
         assert await gateway.metric("inferflux_guardrail_failures_total") >= 1
+
+
+async def test_a_stream_that_can_not_be_judged_ends_with_an_error():
+    """It has begun, so there is no status left to say it with; nothing of it was shown."""
+    rule = {"name": "rude", "kind": "profanity", "action": "block", "scope": ["output"]}
+    async with guarded(rule) as (decode, gateway):
+        decode.script = streaming(chat_events(["Hello", " there", "."]))
+        response = await post(gateway, CHAT, stream=True)
+
+        assert said(response.text) == ""
+        assert '"code":"guardrail_unavailable"' in response.text
+        assert "[DONE]" not in response.text
