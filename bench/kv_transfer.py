@@ -30,13 +30,15 @@ import numpy as np
 
 from inferflux.kv import nixl
 from inferflux.kv.arena import Arena, ArenaReader, Bytes
-from inferflux.kv.blocks import copy_in, copy_out
+from inferflux.kv.blocks import BlockShape, Part, slot_digest
 from inferflux.kv.transport import Reader, copy_blocks
 from inferflux.types import NixlPeer
 
-# Llama 3.2 1B in bfloat16, 32 tokens a block: 1 MiB of KV in 16 layers.
-NUM_LAYERS, LAYER_BYTES = 16, 64 << 10
+# Llama 3.2 1B in bfloat16, 32 tokens a block: 1 MiB of KV in 16 layers of 8 heads.
+NUM_LAYERS, NUM_HEADS, LAYER_BYTES = 16, 8, 64 << 10
 BLOCK_BYTES = NUM_LAYERS * LAYER_BYTES
+SHAPE = BlockShape(NUM_LAYERS, NUM_HEADS, LAYER_BYTES // NUM_HEADS)
+WHOLE = Part.whole(SHAPE)
 MIB = 1 << 20
 LOCAL, TCP = {}, {"UCX_TLS": "tcp,self"}
 LINES: dict[str, tuple[str, dict[str, str]]] = {
@@ -131,7 +133,14 @@ def memcpy(sizes: list[int]) -> dict[int, float]:
 
 def publish(sizes: list[int]) -> dict[int, float]:
     layers, arena = paged_cache(max(sizes), fill=1), new_arena(max(sizes))
-    return best_of(lambda n: [copy_out([layer[i] for layer in layers], arena, i) for i in range(n)], sizes)
+    return best_of(lambda n: [publish_one(layers, arena, i) for i in range(n)], sizes)
+
+
+def publish_one(layers: Layers, arena: Arena, i: int) -> None:
+    """What a prefill engine does with a finished block."""
+    slot = arena.slot(i)
+    WHOLE.copy_out([layer[i] for layer in layers], slot)
+    arena.set_digest(i, slot_digest(slot, SHAPE.num_pieces))
 
 
 def shm(sizes: list[int]) -> dict[int, float]:
@@ -142,7 +151,7 @@ def shm(sizes: list[int]) -> dict[int, float]:
 
 def through_nixl(sizes: list[int]) -> dict[int, float]:
     with owner("arena", sizes) as told:
-        peer = NixlPeer(bytes.fromhex(told["agent"]), told["address"], told["num_slots"], BLOCK_BYTES)
+        peer = NixlPeer(bytes.fromhex(told["agent"]), told["address"], told["num_slots"], SHAPE.slot_bytes)
         return hydrated(nixl.NixlReader(peer), told, sizes)
 
 
@@ -152,7 +161,9 @@ def hydrated(reader: Reader, told: dict[str, Any], sizes: list[int]) -> dict[int
 
     def read(n: int) -> None:
         slots = tuple(range(n))
-        copy_blocks(reader, slots, (0,) * n, digests[:n], lambda i, slot: copy_in(slot, [layer[i] for layer in layers]))
+        copy_blocks(
+            reader, slots, (0,) * n, digests[:n], lambda i, slot: WHOLE.copy_in(slot, [layer[i] for layer in layers])
+        )
 
     return best_of(read, sizes)
 
@@ -208,8 +219,8 @@ def paged_cache(num_blocks: int, fill: int = 0) -> Layers:
 
 
 def new_arena(num_blocks: int) -> Arena:
-    arena = Arena.create((num_blocks + 1) * (BLOCK_BYTES + 4096))
-    arena.format(BLOCK_BYTES)
+    arena = Arena.create((num_blocks + 1) * (SHAPE.slot_bytes + 4096))
+    arena.format(SHAPE.slot_bytes, SHAPE.num_pieces)
     return arena
 
 
@@ -242,7 +253,7 @@ def own(what: str, num_blocks: int) -> None:
     arena.seal()
     slots = arena.allocate(num_blocks)
     for slot in slots:
-        copy_out([layer[slot] for layer in layers], arena, slot)
+        publish_one(layers, arena, slot)
     arena.publish(slots)
     server = nixl.NixlServer(arena, is_busy=lambda: True)
     peer = server.peer()

@@ -1,7 +1,8 @@
 """Settings from the environment and an optional TOML file, all problems reported at once.
 
-Each process declares a frozen dataclass; field `foo_bar` is read from INFERFLUX_FOO_BAR. The environment wins over the
-file, the file over the dataclass's defaults; a field without a default is required. Values of plain text fields never
+Each process declares a frozen dataclass; field `foo_bar` is read from INFERFLUX_FOO_BAR, or from the file that
+INFERFLUX_FOO_BAR_FILE names, as secrets come to a pod. The environment wins over the file of settings, that over the
+dataclass's defaults; a field without a default is required. Values of plain text fields never
 appear in messages: they may be secrets.
 """
 
@@ -21,6 +22,7 @@ from typing import Any, TypeVar
 from inferflux.errors import ConfigError
 
 PREFIX = "INFERFLUX_"
+FILE_SUFFIX = "_FILE"
 _BOOLEANS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
 T = TypeVar("T")
 
@@ -43,6 +45,8 @@ class CommonSettings:
     """gRPC address to listen on: unix:/path or host:port (port 0 picks one)."""
     ops_address: str = "127.0.0.1:0"
     """Where /livez, /readyz and /metrics answer: unix:/path or host:port."""
+    ops_token: str = dataclasses.field(default="", repr=False)
+    """What /metrics, and all of /readyz but its status, ask callers for; empty: nothing."""
     policy_address: str = ""
     """gRPC address of the policy service."""
     registry_address: str = ""
@@ -63,7 +67,7 @@ class CommonSettings:
 def load(cls: type[T], environ: Mapping[str, str], file: Path | None = None) -> T:
     """Build `cls` from the environment over the file. Raises ConfigError naming every bad or missing key."""
     problems: list[str] = []
-    raw = _read_file(cls, file, problems) | _read_environ(cls, environ)
+    raw = _read_file(cls, file, problems) | _read_environ(cls, environ, problems)
     values = _convert_all(cls, raw, problems)
     if problems:
         raise ConfigError("\n".join(problems))
@@ -82,9 +86,26 @@ def _fields(cls: type[Any]) -> dict[str, dataclasses.Field[Any]]:
     return {f.name: f for f in dataclasses.fields(cls) if f.init}
 
 
-def _read_environ(cls: type[Any], environ: Mapping[str, str]) -> dict[str, tuple[str, Any]]:
-    keys = {name: env_name(name) for name in _fields(cls)}
-    return {name: (key, environ[key]) for name, key in keys.items() if key in environ}
+def _read_environ(cls: type[Any], environ: Mapping[str, str], problems: list[str]) -> dict[str, tuple[str, Any]]:
+    raw: dict[str, tuple[str, Any]] = {}
+    for name in _fields(cls):
+        key, file_key = env_name(name), env_name(name) + FILE_SUFFIX
+        if key in environ and file_key in environ:
+            problems.append(f"{key}: set together with {file_key}")
+        elif key in environ:
+            raw[name] = key, environ[key]
+        elif file_key in environ:
+            raw |= _read_value(name, file_key, Path(environ[file_key]), problems)
+    return raw
+
+
+def _read_value(name: str, file_key: str, path: Path, problems: list[str]) -> dict[str, tuple[str, Any]]:
+    """Read one value, which may be a secret, from a file of its own."""
+    try:
+        return {name: (file_key, path.read_text(encoding="utf-8").strip())}
+    except (OSError, UnicodeDecodeError) as e:
+        problems.append(f"{file_key}: {path} cannot be read ({type(e).__name__})")
+        return {}
 
 
 def _read_file(cls: type[Any], file: Path | None, problems: list[str]) -> dict[str, tuple[str, Any]]:

@@ -5,6 +5,7 @@
     |   +-- BodyTooLarge          413
     |   +-- HeadersTooLarge       431
     |   +-- IdempotencyKeyReused  422
+    |   +-- RequestExceedsLimit   400
     |   +-- PolicyInvalid         400
     |   +-- ContentPolicyViolation 400
     |   +-- RequestTimeout        408
@@ -20,7 +21,12 @@
     |   +-- GuardrailUnavailable  503                      retryable
     |   +-- KvTransportDegraded   503                      retryable
     |   +-- AuditUnavailable      503                      retryable
+    |   +-- LimitsUnavailable     503                      retryable
     +-- DeadlineExceeded          504 DEADLINE_EXCEEDED
+    +-- LimitExceeded             429 RESOURCE_EXHAUSTED
+    |   +-- RateLimited           429                      retryable
+    |   +-- ConcurrencyLimited    429                      retryable
+    |   +-- BudgetExhausted       429
     +-- Conflict                  409 ABORTED
     +-- PolicyPersistFailed       500 UNAVAILABLE          retryable
     +-- KvError                   500 FAILED_PRECONDITION  (never reaches a client: the prompt is computed again)
@@ -85,6 +91,12 @@ class ContentPolicyViolation(InvalidRequest):
     reason = "CONTENT_POLICY_VIOLATION"
 
 
+class RequestExceedsLimit(InvalidRequest):
+    """The request is larger than a whole limit: it could never be let through."""
+
+    reason = "REQUEST_EXCEEDS_LIMIT"
+
+
 class RequestTimeout(InvalidRequest):
     reason, http_status, grpc_code = "REQUEST_TIMEOUT", 408, grpc.StatusCode.CANCELLED
 
@@ -141,6 +153,30 @@ class AuditUnavailable(Unavailable):
     """What an administrator wants to do can't be written down, so it is not done."""
 
     reason = "AUDIT_UNAVAILABLE"
+
+
+class LimitsUnavailable(Unavailable):
+    """Nobody can count the request, and the policy says that then it must wait."""
+
+    reason = "LIMITS_UNAVAILABLE"
+
+
+class LimitExceeded(InferfluxError):
+    """A limit of the policy. `retry_after_s` is when it lets this request through at the earliest."""
+
+    reason, http_status, grpc_code = "LIMIT_EXCEEDED", 429, grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+class RateLimited(LimitExceeded):
+    reason, is_retryable = "RATE_LIMITED", True
+
+
+class ConcurrencyLimited(LimitExceeded):
+    reason, is_retryable = "CONCURRENCY_LIMITED", True
+
+
+class BudgetExhausted(LimitExceeded):
+    reason = "BUDGET_EXHAUSTED"
 
 
 class DeadlineExceeded(InferfluxError):

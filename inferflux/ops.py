@@ -1,11 +1,13 @@
 """The ops port of every process: /livez, /readyz and /metrics over plain HTTP/1.1, without a web framework.
 
-Runs on the process's own event loop on purpose: an answer proves that the loop makes progress.
+Runs on the process's own event loop on purpose: an answer proves that the loop makes progress. Where it listens for
+others than this machine's owner it has a token: then only who shows it gets more than what probes need, two statuses.
 """
 
 from __future__ import annotations
 
 import asyncio
+import hmac
 import json
 import os
 from collections.abc import Callable
@@ -22,10 +24,13 @@ Answer = tuple[HTTPStatus, str, bytes]
 
 
 class OpsServer:
-    """Serves one connection per request. `address`: unix:/path or host:port."""
+    """Serves one connection per request. `address`: unix:/path or host:port. `token` empty: all may see all."""
 
-    def __init__(self, address: str, lifecycle: Lifecycle, render_metrics: Callable[[], tuple[str, bytes]]) -> None:
+    def __init__(
+        self, address: str, lifecycle: Lifecycle, render_metrics: Callable[[], tuple[str, bytes]], token: str = ""
+    ) -> None:
         self._address = address
+        self._token = token.encode()
         self._lifecycle = lifecycle
         self._render_metrics = render_metrics
         self._server: asyncio.Server | None = None
@@ -77,13 +82,20 @@ class OpsServer:
         if path == b"/livez":
             return HTTPStatus.OK, "text/plain", b"ok\n"
         if path == b"/readyz":
-            return self._readyz()
+            return self._readyz(is_known=self._is_known(head))
         if path == b"/metrics":
+            if not self._is_known(head):
+                return HTTPStatus.UNAUTHORIZED, "text/plain", b"wants the ops token as a bearer token\n"
             return HTTPStatus.OK, *self._render_metrics()
         return HTTPStatus.NOT_FOUND, "text/plain", b"only /livez, /readyz and /metrics\n"
 
-    def _readyz(self) -> Answer:
+    def _is_known(self, head: bytes) -> bool:
+        return not self._token or hmac.compare_digest(_bearer(head), self._token)
+
+    def _readyz(self, *, is_known: bool) -> Answer:
         report = status(self._lifecycle)
+        if not is_known:
+            report = {"ready": report["ready"]}
         code = HTTPStatus.OK if report["ready"] else HTTPStatus.SERVICE_UNAVAILABLE
         return code, "application/json", json.dumps(report).encode() + b"\n"
 
@@ -100,6 +112,16 @@ def status(lifecycle: Lifecycle) -> dict[str, object]:
         "reason": readiness.reason,
         "pid": os.getpid(),
     }
+
+
+def _bearer(head: bytes) -> bytes:
+    """Find the bearer token of a request; empty when it has none."""
+    for line in head.split(b"\r\n")[1:]:
+        name, _, value = line.partition(b":")
+        if name.strip().lower() == b"authorization":
+            kind, _, token = value.strip().partition(b" ")
+            return token.strip() if kind.lower() == b"bearer" else b""
+    return b""
 
 
 def _unlink(path: str) -> None:

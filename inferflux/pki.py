@@ -24,7 +24,7 @@ from inferflux.paths import private_dir
 from inferflux.policy.signature import KEY_FILE, PUBLIC_FILE, public_key
 from inferflux.rpc.mtls import ROLES, dns_name, spiffe_id
 
-SECRETS = ("ticket.key", "pepper.key", "tenant.key", KEY_FILE)
+SECRETS = ("ticket.key", "pepper.key", "tenant.key", "store.key", KEY_FILE)
 SECRET_BYTES = 32
 CA_LIFE = timedelta(days=3650)
 ROLE_LIFE = timedelta(days=365)

@@ -39,6 +39,8 @@ class RunSettings(Protocol):
     @property
     def ops_address(self) -> str: ...
     @property
+    def ops_token(self) -> str: ...
+    @property
     def log_level(self) -> str: ...
 
 
@@ -64,7 +66,7 @@ def run(
         if prepare is not None:
             prepare()
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(_serve(lifecycle, settings.ops_address, main))
+            runner.run(_serve(lifecycle, settings, main))
     except ConfigError as e:
         _log.error("bad configuration", extra={"reason": e.message})
         return EXIT_CONFIG
@@ -132,8 +134,8 @@ def _unwrap(group: BaseExceptionGroup[BaseException]) -> BaseException:
     return group.exceptions[0] if len(group.exceptions) == 1 else group
 
 
-async def _serve(lifecycle: Lifecycle, ops_address: str, main: Callable[[Lifecycle], Awaitable[None]]) -> None:
-    ops = OpsServer(ops_address, lifecycle, metrics.render)
+async def _serve(lifecycle: Lifecycle, settings: RunSettings, main: Callable[[Lifecycle], Awaitable[None]]) -> None:
+    ops = OpsServer(settings.ops_address, lifecycle, metrics.render, settings.ops_token)
     address = await ops.start()
     _log.info("started", extra={"incarnation": lifecycle.incarnation, "ops_address": address, "pid": os.getpid()})
     try:

@@ -504,9 +504,9 @@ class TicketBook:
 
         Only a prefill that began before a slot was published can still bring it.
         """
-        before_s = min([now - ORPHAN_AGE_S, *self._prefills.values()])
-        published = ((slot, at_ns / 1e9) for slot, at_ns in self._arena.published() if slot not in self._prefixes)
-        return tuple((slot, at_s) for slot, at_s in published if at_s < before_s)
+        before_ns = round(min([now - ORPHAN_AGE_S, *self._prefills.values()]) * 1e9)
+        published = ((slot, at_ns) for slot, at_ns in self._arena.published() if slot not in self._prefixes)
+        return tuple((slot, at_ns / 1e9) for slot, at_ns in published if at_ns < before_ns)
 
     def _count(self, event: str, ages_s: Sequence[float], why: str = "") -> None:
         self._counts[event] += len(ages_s)

@@ -158,7 +158,6 @@ class ModelFingerprint:
     dtype: str
     layout: str
     block_size: int
-    tensor_parallel: int = 1
 
     def to_proto(self) -> pb.ModelFingerprint:
         return pb.ModelFingerprint(
@@ -166,12 +165,11 @@ class ModelFingerprint:
             dtype=self.dtype,
             layout=self.layout,
             block_size=self.block_size,
-            tensor_parallel=self.tensor_parallel,
         )
 
     @classmethod
     def from_proto(cls, message: pb.ModelFingerprint) -> ModelFingerprint:
-        return cls(message.weights_digest, message.dtype, message.layout, message.block_size, message.tensor_parallel)
+        return cls(message.weights_digest, message.dtype, message.layout, message.block_size)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ cd "$(dirname "$0")/.."
 
 PYTHON=${PYTHON:-python3}
 VENV=${VENV:-.venv}
-EXTRAS=gateway,cpu,local,nixl,guardrails,dev
+EXTRAS=gateway,cpu,local,nixl,ray,guardrails,dev
 LOG=$VENV/setup.log
 # The finished environment takes 3.3 GiB; pip unpacks beside it.
 NEED_DISK_GIB=6

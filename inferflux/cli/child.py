@@ -116,6 +116,21 @@ class Child:
             self.signal(signal.SIGKILL)
             await asyncio.wait(late)
 
+    @property
+    def is_wanted(self) -> bool:
+        """Whether it is started again when it ends."""
+        return self._is_wanted
+
+    def retire(self, on_end: Callable[[], None]) -> None:
+        """Let the process that runs be the last one: somebody drains it. `on_end` is called when it is over."""
+        self._is_wanted = False
+        if self._keeper is None:
+            on_end()
+            return
+        self._keeper.add_done_callback(lambda _: on_end())
+        if self._running is None:
+            self._keeper.cancel()
+
     async def _keep(self) -> None:
         backoff = Backoff()
         while not self._is_stopping():

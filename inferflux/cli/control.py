@@ -3,6 +3,10 @@
 {"op": "status"}                          -> {"ok": true, "pid": ..., "options": {...}, "processes": [...]}
 {"op": "stop"}                            -> {"ok": true}; the supervisor exits when all has stopped
 {"op": "restart", "name": "decode"}       -> {"ok": true, "restarted": ["decode-0"]} once they are ready again
+{"op": "sizes"}                           -> {"ok": true, "sizes": {"prefill": 1, "decode": 2}}: workers not retired
+{"op": "grow", "role": "decode", "size": 3}   -> {"ok": true, "added": ["decode-2"]}
+{"op": "shrink", "role": "decode", "size": 2, "first": ["decode-0"]} -> {"ok": true, "retired": ["decode-0"]}: it is
+                                             not started again when it ends; whoever asks drains it
 """
 
 from __future__ import annotations

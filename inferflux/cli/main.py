@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
@@ -14,6 +15,7 @@ from inferflux.cli.guardrails_commands import app as guardrails_app
 from inferflux.cli.output import Format, note
 from inferflux.cli.policy_commands import app as policy_app
 from inferflux.cli.policy_commands import view_app
+from inferflux.cli.pool_commands import pools_app
 
 HELP = """InferFlux: disaggregated LLM serving on this machine or elsewhere.
 
@@ -31,6 +33,7 @@ app.add_typer(server_app, name="server")
 app.add_typer(admin_app, name="admin")
 app.add_typer(policy_app, name="policy")
 app.add_typer(audit_app, name="audit")
+app.add_typer(pools_app, name="pools")
 admin_app.add_typer(keys_app, name="api-keys")
 for view, title in (("rate_limit", "Rate limits"), ("budgets", "Budgets")):
     admin_app.add_typer(view_app(view, title), name=view.replace("_", "-"))
@@ -64,6 +67,13 @@ class FaultName(StrEnum):
     KILL_POLICY = "kill-policy"
     KILL_REGISTRY = "kill-registry"
     KILL_REDIS = "kill-redis"
+
+
+class PartName(StrEnum):
+    """Value of --only."""
+
+    POLICY = "policy"
+    REGISTRY = "registry"
 
 
 class ScopeName(StrEnum):
@@ -132,17 +142,6 @@ def models(output: Output = Format.TABLE) -> None:
     from inferflux.cli.server import show_models  # noqa: PLC0415
 
     show_models(output)
-
-
-@app.command()
-def pools(
-    matrix: Annotated[bool, typer.Option("--matrix", help="Measure every pair of decode and prefill worker.")] = False,
-    output: Output = Format.TABLE,
-) -> None:
-    """Show the registered workers, or how fast KV gets from one to the other."""
-    from inferflux.cli.pools import show_matrix, show_workers  # noqa: PLC0415
-
-    (show_matrix if matrix else show_workers)(output)
 
 
 @app.command()
@@ -363,6 +362,44 @@ def cache(
         command.warm(prefix, output)
     else:
         command.show(output)
+
+
+@admin_app.command("usage")
+def usage(
+    tenant: Annotated[Optional[str], typer.Option("--tenant", help="Only of this tenant.")] = None,  # noqa: UP045
+    output: Output = Format.TABLE,
+) -> None:
+    """Show what keys, teams and tenants have used of their limits."""
+    from inferflux.cli import usage as command  # noqa: PLC0415
+
+    command.show(tenant, output)
+
+
+@admin_app.command("backup")
+def backup(
+    file: Annotated[Path, typer.Argument(help="Where to write it; must not be there yet.")],
+    only: Annotated[
+        Optional[PartName],  # noqa: UP045
+        typer.Option(help="A part: policy has keys and policies, registry models and pools."),
+    ] = None,
+    output: Output = Format.TABLE,
+) -> None:
+    """Write the control state (keys, policies, models, pools) to a file, from Redis itself."""
+    from inferflux.cli import backup as command  # noqa: PLC0415
+
+    command.backup(file, str(only or ""), output)
+
+
+@admin_app.command("restore")
+def restore(
+    file: Annotated[Path, typer.Argument(help="What `backup` wrote.")],
+    force: Annotated[bool, typer.Option("--force", help="Also over a state that is newer than the backup.")] = False,
+    output: Output = Format.TABLE,
+) -> None:
+    """Put a backup in the place of the control state."""
+    from inferflux.cli import backup as command  # noqa: PLC0415
+
+    command.restore(file, output, force=force)
 
 
 def main() -> int:

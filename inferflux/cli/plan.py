@@ -26,6 +26,8 @@ WORKER_ROLES = ("prefill", "decode")
 STOP_ORDER = (("gateway",), WORKER_ROLES, ("policy", "registry"), ("redis",))
 DRAIN = {"INFERFLUX_DRAIN_TIMEOUT_S": "10", "INFERFLUX_DRAIN_BUDGET_S": "10"}
 """Who stops a cluster on a laptop does not wait ten minutes for a stream: then it ends with an error."""
+PLANNER = {"INFERFLUX_PLANNER": "local"}
+"""The planner may start and retire workers here; it does for pools whose spec says so."""
 PRIVATE = ("INFERFLUX_API_KEYS", "INFERFLUX_REDIS_URL", "INFERCTL_API_KEY")
 """Secrets of our own environment that only those processes get that need them."""
 
@@ -89,21 +91,22 @@ class ProcessSpec:
 def plan(options: ClusterOptions, home: Home, cores: Sequence[int], environ: Mapping[str, str]) -> list[ProcessSpec]:
     """List the processes in the order in which they start. Raises ConfigError when socket paths get too long."""
     redis_url = environ.get("INFERFLUX_REDIS_URL", "")
-    base = (
-        DRAIN
-        | {"INFERFLUX_LOG_LEVEL": options.log_level}
-        | {k: v for k, v in environ.items() if k not in PRIVATE}
-        | common_env(home)
-    )
+    base = base_env(environ, home, options)
     stores = {"INFERFLUX_REDIS_URL": redis_url or f"unix://{redis_socket(home)}"}
     keys = {k: environ[k] for k in ("INFERFLUX_API_KEYS",) if k in environ}
     return [
         *([] if redis_url else [redis(home, base)]),
         service("policy", 0, home, base | stores | keys, bind=home.socket("policy")),
-        service("registry", 0, home, base | stores, bind=home.socket("registry")),
+        service("registry", 0, home, PLANNER | base | stores, bind=home.socket("registry")),
         *workers(options, home, cores, base),
         *gateways(options, home, base),
     ]
+
+
+def base_env(environ: Mapping[str, str], home: Home, options: ClusterOptions) -> dict[str, str]:
+    """Build the environment that all processes share."""
+    own = {k: v for k, v in environ.items() if k not in PRIVATE}
+    return DRAIN | {"INFERFLUX_LOG_LEVEL": options.log_level} | own | common_env(home)
 
 
 def gateways(options: ClusterOptions, home: Home, base: Mapping[str, str]) -> list[ProcessSpec]:
@@ -151,18 +154,37 @@ def service(
 
 def workers(options: ClusterOptions, home: Home, cores: Sequence[int], base: Mapping[str, str]) -> list[ProcessSpec]:
     """Describe the workers; the user's own INFERFLUX_KV_CACHE_BYTES and the like win over our defaults."""
+    places = worker_places(options, cores)
+    return [
+        worker(role, i, places[role][i], options, home, base) for role in WORKER_ROLES for i in range(len(places[role]))
+    ]
+
+
+def worker_places(options: ClusterOptions, cores: Sequence[int]) -> dict[str, list[Cores]]:
+    """Choose the cores of each worker, by role and number."""
     # A simulator sleeps instead of computing: pinning it would only get in the way of what is measured with it.
     pinned = cores if options.engine == "vllm" else ()
-    specs = []
-    for role, count, places in zip(
-        WORKER_ROLES, (options.prefill, options.decode), place(pinned, options.prefill, options.decode), strict=True
-    ):
-        for i in range(count):
-            env = {**worker_defaults(options, places[i]), **base, **worker_env(options)}
-            # OpenMP reads it when torch is loaded, before any of our code can say it.
-            env["OMP_NUM_THREADS"] = env["INFERFLUX_THREADS"]
-            specs.append(service(role, i, home, env, places[i]))
-    return specs
+    return dict(zip(WORKER_ROLES, place(pinned, options.prefill, options.decode), strict=True))
+
+
+def worker(
+    role: str, number: int, cores: Cores, options: ClusterOptions, home: Home, base: Mapping[str, str]
+) -> ProcessSpec:
+    """Describe one worker."""
+    env = {**worker_defaults(options, cores), **base, **worker_env(options)}
+    # OpenMP reads it when torch is loaded, before any of our code can say it.
+    env["OMP_NUM_THREADS"] = env["INFERFLUX_THREADS"]
+    return service(role, number, home, env, cores)
+
+
+def one_more(
+    role: str, number: int, options: ClusterOptions, home: Home, cores: Sequence[int], environ: Mapping[str, str]
+) -> ProcessSpec:
+    """Describe a worker that joins a running cluster, on the cores of those that are there: nobody moves for it."""
+    places = worker_places(options, cores)[role]
+    return worker(
+        role, number, places[number % len(places)] if places else (), options, home, base_env(environ, home, options)
+    )
 
 
 def worker_defaults(options: ClusterOptions, cores: Cores) -> dict[str, str]:

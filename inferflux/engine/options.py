@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from inferflux.types import Role
 
@@ -24,12 +25,36 @@ def auto_dtype(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
 
 
 @dataclass(frozen=True, slots=True)
+class Parallelism:
+    """How one engine is spread over processes: `tensor` times `pipeline` ranks in each of `data` replicas.
+
+    `expert`: the experts of a mixture are spread over the ranks of all replicas instead of being cut like the other
+    weights. `executor`: what starts the ranks: uniproc (one rank, inside the engine core), mp (processes of this host),
+    ray (actors, on any host of the Ray cluster at `ray_address`), or auto, which is uniproc for one rank and mp for
+    more.
+    """
+
+    tensor: int = 1
+    pipeline: int = 1
+    data: int = 1
+    expert: bool = False
+    executor: Literal["auto", "uniproc", "mp", "ray"] = "auto"
+    ray_address: str = "auto"
+
+    @property
+    def num_ranks(self) -> int:
+        """Ranks of one replica."""
+        return self.tensor * self.pipeline
+
+
+@dataclass(frozen=True, slots=True)
 class EngineOptions:
     """One engine's configuration.
 
     `dtype`: auto | float32 | bfloat16 | float16. `max_model_len`, `block_size`: 0 = the model's or engine's own.
     `cpu_cores`: cores the engine's compute may use; empty = not pinned. `numerics_reference`: file with the top-1
     tokens and log-probabilities that `check_numerics` must reproduce; None = no check is possible.
+    `cpu_cores` and `threads` are those of one rank's process.
     `model_digest`: SHA-256 over the model's files, part of every fingerprint. `sim_profile`: latencies of the sim
     engine; None = its default.
     """
@@ -45,5 +70,6 @@ class EngineOptions:
     block_size: int = 0
     threads: int = 1
     cpu_cores: tuple[int, ...] = ()
+    parallelism: Parallelism = Parallelism()
     numerics_reference: Path | None = None
     sim_profile: Path | None = None

@@ -6,7 +6,7 @@ engine attaches by file descriptor number and formats it once it knows the size 
 and from there on the kernel refuses every new writable mapping, write and resize. Readers get the descriptor from
 inferflux.kv.shm.
 
-    0      header  magic, version, num_slots, slot_bytes
+    0      header  magic, version, num_slots, slot_bytes, num_pieces
     4096   table   per slot: state, generation, published_ns, digest, block_hash
     ...    data    slots, each at a multiple of 4096
 
@@ -36,7 +36,7 @@ from inferflux.errors import ArenaFull, ConfigError, KvStale, KvUnreachable
 from inferflux.kv.digests import BLOCK_HASH_BYTES, DIGEST_BYTES
 
 PAGE = 4096
-VERSION = 2
+VERSION = 3
 MAGIC = int.from_bytes(b"IFXARENA", "little")
 
 FREE, OWNED, PUBLISHED = 0, 1, 2
@@ -49,7 +49,9 @@ MADV_POPULATE_READ, MADV_POPULATE_WRITE = 22, 23
 READER_SEALS = F_SEAL_FUTURE_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK
 SEALS = READER_SEALS | fcntl.F_SEAL_SEAL
 
-HEADER = np.dtype([("magic", "<u8"), ("version", "<u4"), ("num_slots", "<u4"), ("slot_bytes", "<u8")])
+HEADER = np.dtype(
+    [("magic", "<u8"), ("version", "<u4"), ("num_slots", "<u4"), ("slot_bytes", "<u8"), ("num_pieces", "<u4")]
+)
 TABLE = np.dtype(
     [
         ("state", "<u4"),
@@ -126,6 +128,11 @@ class _Mapping:
     def slot_bytes(self) -> int:
         """0 before the arena is formatted."""
         return self._layout.slot_bytes if self.is_formatted else 0
+
+    @property
+    def num_pieces(self) -> int:
+        """Digests at the end of each slot (see inferflux.kv.blocks); 0 where slots are not made of pieces."""
+        return int(self._header["num_pieces"][0])
 
     def slot(self, i: int) -> Bytes:
         """View slot `i`, without a copy; writable only where the arena was created or attached."""
@@ -212,7 +219,7 @@ class Arena(_Mapping):
         """Map an arena that a parent process created. Only works before `seal`; borrows `fd`."""
         return cls(fd, _map_writable(fd), owns_fd=False)
 
-    def format(self, slot_bytes: int) -> int:
+    def format(self, slot_bytes: int, num_pieces: int = 0) -> int:
         """Cut the arena into slots and return how many. Call once. Raises ArenaFull when not one fits."""
         if self.is_formatted:
             raise ValueError("the arena is formatted already")
@@ -220,6 +227,7 @@ class Arena(_Mapping):
         self._header["version"] = VERSION
         self._header["num_slots"] = layout.num_slots
         self._header["slot_bytes"] = layout.slot_bytes
+        self._header["num_pieces"] = num_pieces
         self._header["magic"] = MAGIC  # last: it makes the rest valid
         return layout.num_slots
 

@@ -1,37 +1,129 @@
-"""One KV block of all layers, between an engine's paged cache and a slot: `[layer][block bytes]`.
+"""One KV block of the whole model, in a slot, and the parts of it that ranks of an engine compute.
+
+A slot holds pieces, one for each layer and KV head, and behind them a digest of each in the same order:
+
+    [layer][head][piece]   [layer][head][digest]
+
+So it looks the same however many ranks wrote it side by side, and a reader with any number of ranks takes its own
+pieces out. The digest of the slot, which the ticket carries, is that of its pieces' digests: small enough for whoever
+publishes to make when all ranks are done, and a rank that reads can check what it copied without reading the rest.
 
 Both ways copy layer by layer and digest what was copied while it is in the processor's cache.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import xxhash
 
 from inferflux import failpoints
-from inferflux.kv.arena import Arena, Bytes
+from inferflux.kv.arena import Bytes
+from inferflux.kv.digests import DIGEST_BYTES
 
 
-def copy_out(block: Sequence[Bytes], arena: Arena, slot: int) -> None:
-    """Copy one block into its slot and keep the digest there."""
-    target, hasher, offset = arena.slot(slot), xxhash.xxh3_128(), 0
-    for part in block:
-        copy = target[offset : offset + part.nbytes]
-        np.copyto(copy, part)
-        hasher.update(copy.data)
-        offset += part.nbytes
-    arena.set_digest(slot, hasher.digest())
+@dataclass(frozen=True, slots=True)
+class BlockShape:
+    """How a block is cut: `num_layers` times `num_heads` pieces of `piece_bytes`."""
+
+    num_layers: int
+    num_heads: int
+    piece_bytes: int
+
+    @property
+    def num_pieces(self) -> int:
+        return self.num_layers * self.num_heads
+
+    @property
+    def slot_bytes(self) -> int:
+        return self.num_pieces * (self.piece_bytes + DIGEST_BYTES)
 
 
-def copy_in(slot: Bytes, block: Sequence[Bytes]) -> bytes:
-    """Fill one block from a slot's bytes; returns the digest of what is in the block then."""
-    hasher, offset = xxhash.xxh3_128(), 0
-    for part in block:
-        np.copyto(part, slot[offset : offset + part.nbytes])
-        if failpoints.ON:
-            failpoints.hit("xfer.read", part)
-        hasher.update(part.data)
-        offset += part.nbytes
-    return hasher.digest()
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What one rank has of every block: the pieces of some layers and of some heads in each."""
+
+    shape: BlockShape
+    layers: range
+    heads: range
+
+    @classmethod
+    def whole(cls, shape: BlockShape) -> Part:
+        """The part of the only rank."""
+        return cls(shape, range(shape.num_layers), range(shape.num_heads))
+
+    @property
+    def num_bytes(self) -> int:
+        return len(self.layers) * len(self.heads) * self.shape.piece_bytes
+
+    def copy_out(self, block: Sequence[Bytes], slot: Bytes) -> None:
+        """Copy a block's part, given as the bytes of each layer, into its slot, with the digests of its pieces."""
+        self._require_fit(slot)
+        digests = _tail(slot, self.shape.num_pieces).data
+        for source, pieces, theirs in zip(block, self._pieces(), self._digests(), strict=True):
+            np.copyto(slot[pieces], source)
+            digests[theirs] = self._digest(slot[pieces])
+
+    def copy_in(self, slot: Bytes, block: Sequence[Bytes]) -> bytes:
+        """Fill a block's part from a slot.
+
+        Returns the slot's digest if this part of it is what is in the block then, and the rest what its digests say.
+        """
+        self._require_fit(slot)
+        digests = bytearray(_tail(slot, self.shape.num_pieces))
+        for target, pieces, theirs in zip(block, self._pieces(), self._digests(), strict=True):
+            np.copyto(target, slot[pieces])
+            if failpoints.ON:
+                failpoints.hit("xfer.read", target)
+            digests[theirs] = self._digest(target)
+        return xxhash.xxh3_128_digest(digests)
+
+    def _pieces(self) -> Iterator[slice]:
+        """Where this part's pieces lie in a slot, layer by layer."""
+        return self._runs(self.shape.piece_bytes)
+
+    def _digests(self) -> Iterator[slice]:
+        """Where their digests lie among all digests."""
+        return self._runs(DIGEST_BYTES)
+
+    def _runs(self, size: int) -> Iterator[slice]:
+        for layer in self.layers:
+            first = layer * self.shape.num_heads + self.heads.start
+            yield slice(first * size, (first + len(self.heads)) * size)
+
+    def _digest(self, pieces: Bytes) -> bytes:
+        """The digests of pieces that lie one behind the other."""
+        view, size = pieces.data, self.shape.piece_bytes
+        return b"".join([xxhash.xxh3_128_digest(view[at : at + size]) for at in range(0, view.nbytes, size)])
+
+    def _require_fit(self, slot: Bytes) -> None:
+        if slot.size != self.shape.slot_bytes:
+            raise ValueError(f"a slot has {slot.size} bytes, {self.shape} takes {self.shape.slot_bytes}")
+
+
+def heads_of_rank(rank: int, num_ranks: int, num_heads: int) -> range:
+    """KV heads of a tensor-parallel rank; where there are more ranks than heads, several ranks have the same one."""
+    first = rank * num_heads // num_ranks
+    return range(first, first + max(1, num_heads // num_ranks))
+
+
+def is_first_of_replicas(rank: int, num_ranks: int, num_heads: int) -> bool:
+    """Whether no earlier rank has the same heads."""
+    return rank % max(1, num_ranks // num_heads) == 0
+
+
+def clear(slot: Bytes, num_pieces: int) -> None:
+    """Take the digests out of a slot that is about to be filled: a piece that nobody writes fits none."""
+    _tail(slot, num_pieces)[:] = 0
+
+
+def slot_digest(slot: Bytes, num_pieces: int) -> bytes:
+    """The digest of a slot whose pieces are all there."""
+    return xxhash.xxh3_128_digest(_tail(slot, num_pieces).data)
+
+
+def _tail(slot: Bytes, num_pieces: int) -> Bytes:
+    """View the digests of a slot."""
+    return slot[slot.size - num_pieces * DIGEST_BYTES :]

@@ -16,6 +16,7 @@ from inferflux.errors import (
     Unauthenticated,
     Unavailable,
 )
+from inferflux.rpc.channel import RenewingChannel
 from inferflux.rpc.mtls import Identity, dns_name
 from inferflux.rpc.options import CHANNEL_OPTIONS
 from inferflux.rpc.server import PARAM_KEY, REASON_KEY, RETRY_AFTER_KEY
@@ -24,10 +25,10 @@ from inferflux.rpc.server import PARAM_KEY, REASON_KEY, RETRY_AFTER_KEY
 def open_channel(address: str, identity: Identity, server_role: str) -> grpc.aio.Channel:
     """Open a channel to `unix:/path` or `host:port` that accepts only a server of `server_role`. The caller closes it.
 
-    Returns at once; connects with the first call and reconnects by itself.
+    Returns at once; connects with the first call and reconnects by itself, also when the certificates have changed.
     """
     options = (*CHANNEL_OPTIONS, ("grpc.ssl_target_name_override", dns_name(server_role)))
-    return grpc.aio.secure_channel(address, identity.channel_credentials(), options)
+    return RenewingChannel(address, identity, options)
 
 
 def to_error(error: grpc.aio.AioRpcError) -> InferfluxError:

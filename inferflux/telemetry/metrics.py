@@ -27,6 +27,7 @@ _LATENCY_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5,
 _TOKEN_S = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5, 5.0)
 _TRANSFER_S = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
 _RPC_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0, 60.0)
+_LIMIT_S = (0.0001, 0.00025, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5, 2.5)
 _LAG_S = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.0, 5.0)
 
 
@@ -299,6 +300,79 @@ AUDIT_SPOOL_BYTES = Gauge(
 AUDIT_DROPPED = Counter(
     "inferflux_audit_dropped",
     "Audit records of requests that a gateway lost, since the policy service was away and its own disk full.",
+    registry=REGISTRY,
+)
+STORE_SECONDS = Histogram(
+    "inferflux_store_seconds",
+    "Time that Redis took to answer, in seconds, by what it was asked about: limits.",
+    ("store",),
+    buckets=_RPC_S,
+    registry=REGISTRY,
+)
+
+# --- limits -----------------------------------------------------------------------------------------------------------
+
+LIMIT_RESERVATIONS = Counter(
+    "inferflux_limit_reservations",
+    "Requests of limited keys by how they were counted: share (no call), store (one call), away (without the store), "
+    "refused, unavailable.",
+    ("result",),
+    registry=REGISTRY,
+)
+LIMIT_REFUSALS = Counter(
+    "inferflux_limit_refusals",
+    "Requests refused by a limit, by its kind.",
+    ("kind",),
+    registry=REGISTRY,
+)
+LIMIT_SECONDS = TallyHistogram(
+    "inferflux_limit_seconds",
+    "Time that a request of a limited key waited to be counted, in seconds, by result (see "
+    "inferflux_limit_reservations).",
+    ("result",),
+    buckets=_LIMIT_S,
+    registry=REGISTRY,
+)
+LIMIT_STORE_UP = Gauge(
+    "inferflux_limit_store_up",
+    "1 while requests of limited keys are counted for all gateways together, 0 while each gateway counts by itself.",
+    registry=REGISTRY,
+)
+LIMIT_UNBOOKED = Gauge(
+    "inferflux_limit_unbooked",
+    "Changes of counters that this gateway has not booked in the store yet.",
+    registry=REGISTRY,
+)
+
+# --- planner ----------------------------------------------------------------------------------------------------------
+
+POOL_REPLICAS = Gauge(
+    "inferflux_pool_replicas",
+    "Workers of a pool by state (ready, starting), as the leading planner counts them.",
+    ("role", "model", "state"),
+    registry=REGISTRY,
+)
+POOL_TARGET = Gauge(
+    "inferflux_pool_target_replicas",
+    "Workers that a pool should have: what an autoscaler may follow.",
+    ("role", "model"),
+    registry=REGISTRY,
+)
+POOL_NEED = Gauge(
+    "inferflux_pool_needed_replicas",
+    "Workers that a pool needs at this moment, by what asks for them: rate, backlog, sequences, kv, latency.",
+    ("role", "model", "term"),
+    registry=REGISTRY,
+)
+PLANNER_LEADS = Gauge(
+    "inferflux_planner_leads",
+    "1 while this registry is the one that plans, else 0.",
+    registry=REGISTRY,
+)
+SCALINGS = Counter(
+    "inferflux_scalings",
+    "Changes of a pool's size by the planner, by direction (up, down) and result: done, failed.",
+    ("role", "model", "direction", "result"),
     registry=REGISTRY,
 )
 

@@ -258,7 +258,6 @@ class ModelFingerprint(_message.Message):
     DTYPE_FIELD_NUMBER: _builtins.int
     LAYOUT_FIELD_NUMBER: _builtins.int
     BLOCK_SIZE_FIELD_NUMBER: _builtins.int
-    TENSOR_PARALLEL_FIELD_NUMBER: _builtins.int
     weights_digest: _builtins.str
     """SHA-256 over the model's files, lower-case hex."""
     dtype: _builtins.str
@@ -267,8 +266,6 @@ class ModelFingerprint(_message.Message):
     """Memory layout of a block, including the instruction set it was packed for."""
     block_size: _builtins.int
     """Tokens per KV block."""
-    tensor_parallel: _builtins.int
-    """Tensor-parallel ranks that share a block's heads."""
     def __init__(
         self,
         *,
@@ -276,11 +273,10 @@ class ModelFingerprint(_message.Message):
         dtype: _builtins.str = ...,
         layout: _builtins.str = ...,
         block_size: _builtins.int = ...,
-        tensor_parallel: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "dtype", b"dtype", "layout", b"layout", "tensor_parallel", b"tensor_parallel", "weights_digest", b"weights_digest"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "dtype", b"dtype", "layout", b"layout", "weights_digest", b"weights_digest"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -182,6 +182,8 @@ class GetStatusResponse(_message.Message):
     REASON_FIELD_NUMBER: _builtins.int
     NUM_RUNNING_FIELD_NUMBER: _builtins.int
     ETA_FIELD_NUMBER: _builtins.int
+    NUM_TOKENS_FIELD_NUMBER: _builtins.int
+    LATENCY_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     """The worker."""
     role: _types_pb2.WorkerRole.ValueType
@@ -190,6 +192,8 @@ class GetStatusResponse(_message.Message):
     """Why it is not ready; empty when it is."""
     num_running: _builtins.int
     """Requests that run."""
+    num_tokens: _builtins.int
+    """Tokens since its start: of computed prompts (prefill workers), generated ones (decode workers)."""
     @_builtins.property
     def pulse(self) -> _types_pb2.Pulse:
         """Load and state."""
@@ -197,6 +201,12 @@ class GetStatusResponse(_message.Message):
     @_builtins.property
     def eta(self) -> _duration_pb2.Duration:
         """How long a drain that began now would probably take. Unset: not known."""
+
+    @_builtins.property
+    def latency(self) -> _duration_pb2.Duration:
+        """What 9 of 10 requests of the last minute got or better: time to the first token in the engine (prefill workers),
+        time per output token (decode workers). Unset: too few requests to tell.
+        """
 
     def __init__(
         self,
@@ -207,10 +217,12 @@ class GetStatusResponse(_message.Message):
         reason: _builtins.str = ...,
         num_running: _builtins.int = ...,
         eta: _duration_pb2.Duration | None = ...,
+        num_tokens: _builtins.int = ...,
+        latency: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["eta", b"eta", "pulse", b"pulse"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["eta", b"eta", "latency", b"latency", "pulse", b"pulse"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["eta", b"eta", "num_running", b"num_running", "pulse", b"pulse", "reason", b"reason", "role", b"role", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["eta", b"eta", "latency", b"latency", "num_running", b"num_running", "num_tokens", b"num_tokens", "pulse", b"pulse", "reason", b"reason", "role", b"role", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

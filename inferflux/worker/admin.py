@@ -58,9 +58,12 @@ class AdminServicer(WorkerAdminServiceServicer):
             pulse=self._worker.pulse().to_proto(),
             reason=lifecycle.readiness().reason,
             num_running=self._worker.work.num_running,
+            num_tokens=self._worker.meter.num_tokens,
         )
         if eta_s is not None:
             response.eta.FromTimedelta(timedelta(seconds=eta_s))
+        if (latency_s := self._worker.meter.latency_s()) is not None:
+            response.latency.FromTimedelta(timedelta(seconds=latency_s))
         return response
 
     async def ListTickets(  # noqa: N802

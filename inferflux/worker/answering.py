@@ -20,6 +20,7 @@ from inferflux.telemetry import logs, metrics, tracing
 from inferflux.types import Delivered, End, ErrorDetail, Frame, HttpCall, KvReport, PrefilledPrompt, RequestContext
 from inferflux.worker.claims import Claims
 from inferflux.worker.deadline import deadline
+from inferflux.worker.meter import Pace
 from inferflux.worker.paths import note_speed
 from inferflux.worker.record import RequestRecord
 from inferflux.worker.sources import TicketGate
@@ -112,8 +113,10 @@ class Answerer:
                 await post(note(Frame(kv=tuple(refused))))
             frames = self._worker.engine.generate(context, request.call, sources, request.delivered)
             last: Frame | None = None
+            pace = Pace()
             async with aclosing(frames):
                 async for last in frames:
+                    pace.see(last)
                     if failpoints.ON:
                         failpoints.hit("decode.end" if last.end is not None else "decode.token")
                     if last.kv and self._claims:
@@ -121,6 +124,7 @@ class Answerer:
                     await post(note(last))
         if last is None or last.end is None:
             raise Internal("the engine's response has no end")
+        self._worker.meter.add(pace.num_tokens, pace.s_per_token())
         if not sources:
             metrics.TOKENS.labels("prompt", model).inc(last.end.usage.prompt_tokens)
 

@@ -42,6 +42,7 @@ from inferflux.worker import admin
 from inferflux.worker.claims import Claims
 from inferflux.worker.drain import Drain
 from inferflux.worker.ledger import Ledger, measure
+from inferflux.worker.meter import Meter
 from inferflux.worker.paths import Paths
 from inferflux.worker.prefixes import PrefixTally
 from inferflux.worker.progress import Progress
@@ -157,6 +158,7 @@ class WorkerProcess:
                 host_id=host_id(),
                 ticket_key=ticket_key,
                 progress=Progress(SystemClock(), self._settings.wedge_s),
+                meter=Meter(SystemClock()),
                 arena=self._arena,
                 book=book,
                 nixl=nixl_server,

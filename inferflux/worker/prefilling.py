@@ -120,6 +120,7 @@ class Prefiller:
                     self._tally.observe(prompt, self._block_size)
                 num_tokens = sum(prompt.num_prompt_tokens for prompt in result.prompts)
                 metrics.TOKENS.labels("prompt", self._worker.info.model).inc(num_tokens)
+                self._worker.meter.add(num_tokens, result.engine_s)
                 span.set("gen_ai.usage.input_tokens", num_tokens)
             return result
 

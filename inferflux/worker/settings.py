@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from inferflux.config import CommonSettings
-from inferflux.engine.options import MIB, EngineOptions
+from inferflux.engine.options import MIB, EngineOptions, Parallelism
 from inferflux.kv import nixl
 from inferflux.types import Role, Transport
 
@@ -51,6 +52,19 @@ class WorkerSettings(CommonSettings):
     """Compute threads of the engine."""
     cpu_cores: tuple[str, ...] = ()
     """Cores the engine may compute on, e.g. 0,2-3; empty: all."""
+    tensor_parallel: int = 1
+    """Ranks that share each layer of the model; its KV heads must be a multiple of it, or it of them."""
+    pipeline_parallel: int = 1
+    """Groups of ranks that have some of the layers each."""
+    data_parallel: int = 1
+    """Replicas of a decode worker's engine, each with a batch of its own; for mixtures of experts."""
+    expert_parallel: bool = False
+    """Whether the experts of a mixture are spread over all ranks instead of being cut like other weights."""
+    executor: Literal["auto", "uniproc", "mp", "ray"] = "auto"
+    """What starts the ranks: uniproc (one, in the engine's process), mp (processes of this host), ray (actors of a Ray
+    cluster); auto is uniproc for one rank and mp for more."""
+    ray_address: str = "auto"
+    """Where the Ray cluster is, host:port; auto: a node of it runs on this host."""
     sim_profile: Path | None = None
     """Sizes and latencies of the simulated engine."""
     numerics_reference: Path | None = None
@@ -74,6 +88,29 @@ class WorkerSettings(CommonSettings):
         if not 0 <= self.kv_pinned_share <= 1:
             raise ValueError(f"INFERFLUX_KV_PINNED_SHARE: {self.kv_pinned_share} is not between 0 and 1")
         parse_cores(self.cpu_cores)
+        self._check_parallelism()
+
+    def _check_parallelism(self) -> None:
+        sizes = {name: getattr(self, name) for name in ("tensor_parallel", "pipeline_parallel", "data_parallel")}
+        for name, size in sizes.items():
+            if size < 1:
+                raise ValueError(f"INFERFLUX_{name.upper()}: {size} is not at least 1")
+        if self.executor == "uniproc" and (num_ranks := self.parallelism.num_ranks) > 1:
+            raise ValueError(f"INFERFLUX_EXECUTOR: uniproc has one rank, {num_ranks} are wanted")
+        if self.executor == "ray":
+            _check_ray()
+
+    @property
+    def parallelism(self) -> Parallelism:
+        """How the engine is spread."""
+        return Parallelism(
+            self.tensor_parallel,
+            self.pipeline_parallel,
+            self.data_parallel,
+            self.expert_parallel,
+            self.executor,
+            self.ray_address,
+        )
 
     @property
     def transports(self) -> tuple[Transport, ...]:
@@ -101,9 +138,17 @@ class WorkerSettings(CommonSettings):
             block_size=self.block_size,
             threads=self.threads,
             cpu_cores=parse_cores(self.cpu_cores),
+            parallelism=self.parallelism,
             numerics_reference=self.numerics_reference,
             sim_profile=self.sim_profile,
         )
+
+
+def _check_ray() -> None:
+    if importlib.util.find_spec("ray") is None:
+        raise ValueError("INFERFLUX_EXECUTOR: ray is not installed: pip install 'inferflux[ray]'")
+    if os.environ.get("RAY_AUTH_MODE") != "token":
+        raise ValueError("INFERFLUX_EXECUTOR: ray runs code for whoever reaches its ports; set RAY_AUTH_MODE=token")
 
 
 def parse_cores(items: Sequence[str]) -> tuple[int, ...]:

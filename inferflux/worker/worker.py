@@ -16,6 +16,7 @@ from inferflux.types import Pulse, Role, State
 from inferflux.worker.claims import Claims
 from inferflux.worker.drain import Drain
 from inferflux.worker.eta import left_s
+from inferflux.worker.meter import Meter
 from inferflux.worker.paths import Paths
 from inferflux.worker.prefixes import PrefixTally
 from inferflux.worker.progress import Progress
@@ -41,6 +42,7 @@ class Worker:
     host_id: str
     ticket_key: bytes
     progress: Progress
+    meter: Meter
     arena: Arena | None = None
     book: TicketBook | None = None
     nixl: NixlServer | None = None

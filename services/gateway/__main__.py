@@ -36,17 +36,22 @@ from services.gateway.guardrails_api import GuardrailsApi
 from services.gateway.idempotency import Idempotency, Records
 from services.gateway.inference import Inference
 from services.gateway.jwks import KeySources
+from services.gateway.limits_client import LimitsClient
 from services.gateway.policy import Policies, identity_of
 from services.gateway.policy_api import PolicyApi
 from services.gateway.policy_documents import PolicyDocuments
 from services.gateway.policy_report import PolicyReporter, Trial
 from services.gateway.policy_views import PolicyViews
 from services.gateway.pool import Caller, Pool
+from services.gateway.pools_api import PoolsApi
+from services.gateway.reservations import Reservations
 from services.gateway.server import HttpServer, bind
 from services.gateway.settings import Settings
+from services.gateway.shares import Shares
 from services.gateway.snapshots import Snapshot
 from services.gateway.spool import Spool
 from services.gateway.tokens import TokenVerifier
+from services.gateway.usage_api import UsageApi
 from services.gateway.views import ClusterView
 
 _log = logging.getLogger(__name__)
@@ -82,6 +87,8 @@ async def serve(settings: Settings, sock: socket.socket, lifecycle: Lifecycle) -
         documents = PolicyDocuments(policy_channel, settings.instance_id)
         pool = Pool(caller, tasks, settings.terms)
         registry = Snapshot[ClusterView]("registry", pool.reconcile)
+        limits_client = LimitsClient(policy_channel)
+        shares = Shares(limits_client.exchange, settings.instance_id, SystemClock(), tasks)
         inference = Inference(
             auth=Authenticator(
                 pepper,
@@ -91,6 +98,7 @@ async def serve(settings: Settings, sock: socket.socket, lifecycle: Lifecycle) -
             ),
             pool=pool,
             policies=lambda: policy.value,
+            reservations=Reservations(shares),
             limits=settings.body_limits,
             timeout_s=settings.request_timeout_s,
             trial=trial,
@@ -101,14 +109,14 @@ async def serve(settings: Settings, sock: socket.socket, lifecycle: Lifecycle) -
         idempotency = Idempotency(inference, Records(SystemClock(), settings.record_limits), tasks)
         admin = AdminApi(policy_client, policy.reached, FleetApi(Fleet(pool.workers)), pool.matrix)
         policy_api, audit_api = PolicyApi(documents, policy.reached), AuditApi(trail)
-        cache = CacheApi(inference.auth, pool, partial(cache_salt, tenant_key))
-        guardrails = GuardrailsApi(lambda: policy.value, referees)
-        app = create_app(
-            idempotency,
-            (admin, cache, policy_api, PolicyViews(documents, policy.reached), audit_api, guardrails),
-            pool.models,
-            lifecycle,
+        usage = UsageApi(limits_client, lambda: policy.value.live.limits if policy.value is not None else None)
+        views, pools = PolicyViews(documents, policy.reached), PoolsApi(registry_channel)
+        cache, guardrails = (
+            CacheApi(inference.auth, pool, partial(cache_salt, tenant_key)),
+            GuardrailsApi(lambda: policy.value, referees),
         )
+        apis = (admin, cache, policy_api, views, audit_api, usage, pools, guardrails)
+        app = create_app(idempotency, apis, pool.models, lifecycle)
         _log.debug("routes", extra={"routes": app.routes()})
         lifecycle.add_readiness("policy", lambda: None if policy.value is not None else "not heard yet")
         lifecycle.add_readiness("workers", pool.objection)
@@ -118,6 +126,7 @@ async def serve(settings: Settings, sock: socket.socket, lifecycle: Lifecycle) -
         tasks.spawn(registry.follow(registry_client.watch), "registry")
         tasks.spawn(pool.watch_hearts(), "hearts")
         tasks.spawn(pool.matrix.scout(), "paths")
+        tasks.spawn(shares.run(), "limits")
         await _get_to_know(policy, registry, pool)
         server = HttpServer(app, settings)
         serving = tasks.spawn(server.serve(sockets=[sock]), "http", may_return=True)
@@ -126,6 +135,7 @@ async def serve(settings: Settings, sock: socket.socket, lifecycle: Lifecycle) -
         await lifecycle.draining.wait()
         server.drain()
         await serving
+        await shares.close()
         await auditor.flush()
 
 

@@ -9,6 +9,7 @@ import ipaddress
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
+from urllib.parse import quote
 
 from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from starlette.exceptions import HTTPException
@@ -70,6 +71,8 @@ class Doorway:
 
     async def __call__(self, scope: AsgiScope, receive: Receive, send: Send) -> None:
         """Answer one request."""
+        if b"%" in scope["raw_path"]:
+            scope["path"] = _spelled(scope["path"], scope["raw_path"])
         if scope["path"] in ENDPOINTS:
             await self.idempotency(scope, receive, send)
             return
@@ -111,6 +114,16 @@ def create_app(idempotency: Idempotency, admin: Sequence[AdminRoutes], models: M
     for kind in (InferfluxError, HTTPException, Exception):
         app.add_exception_handler(kind, _answer_error)
     return Doorway(app, inference, idempotency, Resumption(inference))
+
+
+def _spelled(path: str, raw_path: bytes) -> str:
+    """Return a path as it is written, unless that is the one way to write it: a filter in front of us knows only that.
+
+    Names of models may have any characters, a slash as `%2F` among them.
+    """
+    written = raw_path.decode("latin-1")
+    is_plain = quote(path, safe="/:@!$&'()*+,;=~") == written or written.startswith("/v1/models/")
+    return path if is_plain else written
 
 
 def _routes(app: FastAPI) -> list[Route]:

@@ -19,7 +19,17 @@ WriteNow = Callable[[bytes], bool]
 RawHeaders = list[tuple[bytes, bytes]]
 
 # Two of these in one request are an attempt to make two readers see two requests.
-_SINGLE = frozenset((b"authorization", b"x-api-key", b"content-length", b"content-type", b"content-encoding", b"host"))
+_SINGLE = frozenset(
+    (
+        b"authorization",
+        b"x-api-key",
+        b"content-length",
+        b"content-type",
+        b"content-encoding",
+        b"host",
+        b"idempotency-key",
+    )
+)
 
 
 class ClientGone(Exception):

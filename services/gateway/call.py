@@ -50,6 +50,7 @@ class Call:
     phase: Phase = Phase.ROUTING
     prefill_worker: str = ""
     decode_worker: str = ""
+    num_prompt_tokens: int = 0
     usage: Usage = field(default_factory=Usage)
     journal: Journal = field(default_factory=Journal)
     losses: Losses = field(default_factory=Losses)

@@ -8,7 +8,7 @@ from typing import Any
 
 import orjson
 
-from inferflux.errors import InferfluxError, Internal, InvalidRequest
+from inferflux.errors import InferfluxError, Internal, InvalidRequest, LimitExceeded
 from services.gateway.asgi import RawHeaders
 from services.gateway.endpoints import Dialect
 
@@ -62,8 +62,9 @@ def headers(error: InferfluxError) -> RawHeaders:
     if isinstance(error, MethodNotAllowed):
         extra.append((b"allow", error.allowed.encode()))
     if error.is_retryable or error.retry_after_s is not None:
-        # Not the same for all: who was refused together must not come back together.
-        spread = random.uniform(1, MAX_SPREAD)  # noqa: S311 - spreads clients, guards nothing
+        # Not the same for all: who was refused together must not come back together. A limit is a client's own.
+        is_own = isinstance(error, LimitExceeded)
+        spread = 1.0 if is_own else random.uniform(1, MAX_SPREAD)  # noqa: S311 - spreads clients, guards nothing
         extra.append((b"retry-after", str(math.ceil((error.retry_after_s or 1) * spread)).encode()))
     return extra
 

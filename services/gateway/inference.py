@@ -33,6 +33,7 @@ from services.gateway.policy import Policies, Policy
 from services.gateway.policy_report import Trial
 from services.gateway.pool import Pool
 from services.gateway.reply import Reply
+from services.gateway.reservations import Reservations
 
 REQUEST_ID, POLICY_REVISION = b"x-request-id", b"x-inferflux-policy-rev"
 TIMEOUT = b"x-inferflux-timeout-ms"
@@ -53,6 +54,7 @@ class Inference:
     auth: Authenticator
     pool: Pool
     policies: Callable[[], Policies | None]
+    reservations: Reservations
     limits: BodyLimits
     timeout_s: float
     access_log: LineLog | None
@@ -139,7 +141,8 @@ class Inference:
             )
             async with Lifeline(receive, deadline_at):
                 await self.screen(call, reply)
-                await flow.serve(call, self.pool, reply)
+                async with self.reservations.hold(call, known.price, reply):
+                    await flow.serve(call, self.pool, reply)
 
     async def screen(self, call: Call, reply: Reply, num_seen: int = 0) -> None:
         """Have guardrails look at the prompt, now, and at the answer, when it comes. Raises ContentPolicyViolation.

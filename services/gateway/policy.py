@@ -16,7 +16,7 @@ from inferflux.errors import PolicyInvalid
 from inferflux.policy.audit import AuditSection
 from inferflux.policy.document import EMPTY, PolicyDocument, parse
 from inferflux.policy.identity import Identity, Issuer, compile_identity
-from inferflux.policy.limits import LimitsSection
+from inferflux.policy.limits import Limits, compile_limits
 from inferflux.telemetry import metrics
 from services.gateway.auth import KeyRing
 from services.gateway.guardrails.rules import Guardrails, compile_guardrails
@@ -32,7 +32,7 @@ class Policy:
     revision: int = 0
     document: PolicyDocument = field(default_factory=PolicyDocument)
     identity: Identity = field(default_factory=Identity)
-    limits: LimitsSection | None = None
+    limits: Limits | None = None
     guardrails: Guardrails | None = None
     audit: AuditSection | None = None
 
@@ -90,7 +90,7 @@ def compile_policy(source: Source) -> Policy:
         revision=source.revision,
         document=document,
         identity=compile_identity(document.identity),
-        limits=document.limits,
+        limits=compile_limits(document.limits),
         guardrails=compile_guardrails(document.guardrails),
         audit=document.audit,
     )

@@ -143,6 +143,7 @@ class PrefillLink(Link):
             return HttpAnswer(HttpHead.from_proto(response.answer.head), response.answer.body)
         metrics.PREFILLS.labels("remote", "").inc()
         self._phases.inc()
+        call.num_prompt_tokens = sum(prompt.num_prompt_tokens for prompt in response.prefilled.prompts)
         return Tickets(response.prefilled.prompts, self)
 
     async def _compute(self, call: Call, request: pb.PrefillRequest) -> pb.PrefillResponse:

@@ -61,6 +61,10 @@ class Reply:
         """Whether anything has been written: then the status can't change any more."""
         return self.status != 0
 
+    def stamp(self, headers: RawHeaders) -> None:
+        """Put more headers on the response, whatever it becomes; too late once it has started."""
+        self._headers = [*self._headers, *headers]
+
     def begin(self) -> None:
         """Forget what a worker said that was lost before the client heard any of it."""
         self._held.clear()

@@ -22,6 +22,7 @@ from services.gateway import envelope, failures, flow
 from services.gateway.account import Account
 from services.gateway.asgi import AsgiScope, Headers, Receive, Send, header_map
 from services.gateway.auth import Principal
+from services.gateway.bounds import Price
 from services.gateway.call import Call
 from services.gateway.endpoints import ENDPOINTS, Endpoint, Kind, Scope, Texts
 from services.gateway.inference import Inference, new_request_id
@@ -58,13 +59,13 @@ class Resumption:
             raise NotFound("stream ids look like req_ and 24 hexadecimal digits, as in x-request-id")
         num_events = _num_events(headers)
         record = await self.inference.pool.recall(request_id, principal.tenant)
-        policy = self.inference.policy(headers)
         with tracing.start_span("resume", record.context.traceparent) as span:
             account.call = call = self._call(record, principal, num_events, span.traceparent)
-            call.policy = policy
+            call.policy = self.inference.policy(headers)
             account.endpoint, reply.dialect = call.endpoint, call.endpoint.dialect
             metrics.STREAM_RESUME.inc()
-            async with Lifeline(receive, call.deadline_at):
+            held = self.inference.reservations.hold(call, Price(), reply)
+            async with Lifeline(receive, call.deadline_at), held:
                 await self.inference.screen(call, reply, num_events)
                 await flow.serve(call, self.inference.pool, reply)
 

@@ -16,15 +16,21 @@ from inferflux.policy.signature import KEY_FILE, Signer
 from inferflux.process import Tasks, fail, run
 from inferflux.rpc.mtls import Identity
 from inferflux.rpc.server import RpcServer
+from inferflux.v1.limits_service_pb2_grpc import add_LimitsServiceServicer_to_server
 from inferflux.v1.policy_service_pb2_grpc import add_PolicyServiceServicer_to_server
 from services.policy.audit_log import AuditLog
 from services.policy.configured import read_configured
 from services.policy.keeper import Keeper
 from services.policy.keys import parse_api_keys
+from services.policy.limits_servicer import CALLERS as LIMITS_CALLERS
+from services.policy.limits_servicer import LimitsServicer
+from services.policy.limits_store import LimitsStore
 from services.policy.pepper import Pepper
 from services.policy.replicas import Replicas
 from services.policy.servicer import CALLERS, PolicyServicer
 from services.policy.store import PolicyStore
+from services.policy.vault import KEY_FILE as STORE_KEY
+from services.policy.vault import Vault
 
 DRAIN_S = 1.0
 
@@ -38,6 +44,8 @@ class Settings(CommonSettings):
     api_keys: tuple[str, ...] = field(default=(), repr=False)
     """Keys that exist from the start, each `secret:scope+scope`; scopes are generate, read, admin."""
 
+    store_keys: tuple[str, ...] = field(default=(), repr=False)
+    """Keys that encrypt what is in Redis, each the base64 of 32 bytes, in place of the file `store.key`."""
     policy_file: Path = Path()
     """Policy document, JSON or .toml, in force until an administrator changes the policy; none by default."""
     policy: str = ""
@@ -58,15 +66,21 @@ async def serve(settings: Settings, lifecycle: Lifecycle) -> None:
     """Serve until drained. Starts, and stays, without Redis; see Keeper for what it answers then."""
     clock, pepper = SystemClock(), Pepper.load(settings.secrets_dir / "pepper.key")
     signer = Signer.load(settings.secrets_dir / KEY_FILE)
+    vault = Vault.load(settings.secrets_dir / STORE_KEY, settings.store_keys)
     configured = read_configured(settings.policy_file, settings.policy)
     initial = parse_api_keys(settings.api_keys, pepper, now_ms=int(clock.time() * 1000))
-    server = RpcServer(Identity.load(settings.pki_dir, "policy"), settings.bind, CALLERS)
-    async with PolicyStore(settings.redis_url, pepper) as store, Tasks() as tasks:
+    server = RpcServer(Identity.load(settings.pki_dir, "policy"), settings.bind, CALLERS | LIMITS_CALLERS)
+    async with (
+        PolicyStore(settings.redis_url, vault) as store,
+        LimitsStore(settings.redis_url) as limits,
+        Tasks() as tasks,
+    ):
         keeper, replicas = Keeper(store, clock, initial, configured), Replicas(clock)
         audit = AuditLog(settings.audit_dir, settings.instance_id, signer, clock)
         audit.load()
         lifecycle.add_readiness("store", lambda: None if keeper.is_loaded else "not read since the start")
         add_PolicyServiceServicer_to_server(PolicyServicer(keeper, replicas, audit, pepper, signer), server.grpc)
+        add_LimitsServiceServicer_to_server(LimitsServicer(limits, clock), server.grpc)
         await server.start()
         tasks.spawn(keeper.run(), "keeper")
         tasks.spawn(audit.keep_signed(), "audit heads")

@@ -18,12 +18,16 @@ from services.policy.keys import key_id as key_id_of
 
 @dataclass(frozen=True, slots=True)
 class KeyBook:
-    """A state of the policy. Equal revisions mean equal contents; 0 is a book that was never stored."""
+    """A state of the policy. Equal revisions mean equal contents; 0 is a book that was never stored.
+
+    `damage`: what a store lacks of it, in words; only a service that knows the rest may build on it.
+    """
 
     revision: int = 0
     keys: Mapping[str, Key] = field(default_factory=dict)
     revoked: frozenset[str] = frozenset()
     history: History = field(default_factory=History)
+    damage: str = field(default="", compare=False)
 
     def live(self, now_ms: int) -> list[Key]:
         """List the keys that open something, oldest first."""

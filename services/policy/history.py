@@ -123,7 +123,7 @@ class History:
         """Join two histories; associative, commutative and idempotent."""
         merged = dict(self.revisions)
         for number, revision in other.revisions.items():
-            merged[number] = max(revision, merged.get(number, revision), key=repr)
+            merged[number] = max(revision, merged.get(number, revision), key=_rank)
         return History(merged).pruned()
 
     def add(self, revision: Revision) -> History:
@@ -147,6 +147,11 @@ def decode_revision(text: str) -> Revision:
     """Read a record. Raises ValueError, KeyError or TypeError for what is none."""
     fields: dict[str, Any] = json.loads(text)
     return Revision(**fields | {"document": fields["document"].encode(), "stage": Stage(fields["stage"])})
+
+
+def _rank(revision: Revision) -> tuple[bool, str]:
+    """Order revisions of one number, as replicas may make them of a lost store: what decides must not be lost."""
+    return revision.stage is Stage.LIVE, repr(revision)
 
 
 def _number(revision: Revision) -> int:

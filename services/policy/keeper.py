@@ -134,7 +134,12 @@ class Keeper:
         log.info("policy loaded", extra={"revision": book.revision, "num_keys": len(book.keys)})
 
     def _repaired(self, stored: KeyBook) -> KeyBook:
-        """Put back what the store has lost and, the first time, put in what the environment says."""
+        """Put back what the store has lost and, the first time, put in what the environment says.
+
+        Raises Unavailable as long as it is not known here what a damaged store has lost: gateways keep what they have.
+        """
+        if stored.damage and not self.is_loaded:
+            raise Unavailable(stored.damage, retry_after_s=1.0)
         if stored.revision < self._memory.revision:
             log.error("the policy store went back and is repaired from memory", extra={"revision": stored.revision})
         book = stored.restore(self._memory, self.now_ms(), self._floor)

@@ -1,8 +1,4 @@
-"""The cluster's pepper: turns secrets into hashes, and seals the records that go to Redis.
-
-Whoever can write to Redis could otherwise write itself an admin key. (It can still delete records, or put back an old
-one.) Hashes and seals cannot be confused: what is sealed starts with a byte that no secret contains.
-"""
+"""The cluster's pepper: turns secrets into hashes, which are of no use to whoever lacks it."""
 
 from __future__ import annotations
 
@@ -34,21 +30,4 @@ class Pepper:
 
     def hash_secret(self, secret: str) -> bytes:
         """Hash an API key's secret, as gateways do with what clients send."""
-        return self._mac(secret.encode())
-
-    def seal(self, payload: str) -> str:
-        """Put a message authentication code before the payload."""
-        return f"{self._seal_of(payload)} {payload}"
-
-    def open(self, sealed: str) -> str:
-        """Return the payload. Raises ValueError when the pepper did not seal it."""
-        mac, _, payload = sealed.partition(" ")
-        if not hmac.compare_digest(mac.encode(), self._seal_of(payload).encode()):
-            raise ValueError("seal does not match")
-        return payload
-
-    def _seal_of(self, payload: str) -> str:
-        return self._mac(b"\0" + payload.encode()).hex()
-
-    def _mac(self, data: bytes) -> bytes:
-        return hmac.new(self._key, data, hashlib.sha256).digest()
+        return hmac.digest(self._key, secret.encode(), hashlib.sha256)

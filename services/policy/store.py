@@ -1,18 +1,25 @@
 """The policy's Redis: one book, read and written atomically, and a channel that tells replicas of writes.
 
-Layout: `ifx:{policy}:revision` a number, `ifx:{policy}:keys` and `ifx:{policy}:revisions` hashes of sealed records (API
-keys by id, revisions of the document by number), `ifx:{policy}:revoked` a set of key ids. WATCH and MULTI instead of
-scripts, so that the service's Redis user needs no EVAL. Every failure of Redis, slow answers included, is Unavailable:
-a write that failed so may still have happened, and then the next read shows it.
+Layout: `ifx:{policy}:revision` a number, `ifx:{policy}:keys` and `ifx:{policy}:revisions` hashes of records (API keys
+by id, revisions of the document by number), `ifx:{policy}:revoked` a set of key ids, `ifx:{policy}:seal` what the
+newest revisions and the revoked keys are; records and seal are encrypted. WATCH and MULTI instead of scripts, so that
+the service's Redis user needs no EVAL. Every failure of Redis, slow answers included, is Unavailable: a write that
+failed so may still have happened, and then the next read shows it.
+
+A record that does not open is as good as lost: a service that knows it writes it again, and a key that nobody knows
+opens nothing. A policy or revocation that nobody knows is another matter, since without it more would be allowed: the
+book says then that it is damaged. Records of an old key of the ring are written again with the first one.
 """
 
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from typing import Any, Self
+from dataclasses import replace
+from typing import Any, Self, TypeVar
 
 import redis.asyncio as redis
 from redis.asyncio.retry import Retry
@@ -23,7 +30,7 @@ from inferflux.errors import ConfigError, Unavailable
 from services.policy.book import KeyBook
 from services.policy.history import History, Revision, decode_revision, encode_revision
 from services.policy.keys import Key, decode_key, encode_key
-from services.policy.pepper import Pepper
+from services.policy.vault import Vault
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +38,7 @@ REVISION = "ifx:{policy}:revision"
 KEYS = "ifx:{policy}:keys"
 REVOKED = "ifx:{policy}:revoked"
 REVISIONS = "ifx:{policy}:revisions"
+SEAL = "ifx:{policy}:seal"
 CHANNEL = "ifx:{policy}:changes"
 
 ANSWER_TIMEOUT_S = 1.0
@@ -41,13 +49,14 @@ MAX_REVISION = 2**62
 # redis-py's own types say bytes and text, coroutine and value, all at once.
 Client = Any
 Pipe = Any
+R = TypeVar("R", Key, Revision, str)
 
 
 class PolicyStore:
     """A book in Redis; connects on demand. Safe to use concurrently. Raises ConfigError for a URL that is none."""
 
-    def __init__(self, url: str, pepper: Pepper) -> None:
-        self._pepper = pepper
+    def __init__(self, url: str, vault: Vault) -> None:
+        self._vault = vault
         try:
             self._redis: Client = _client(url)
         except ValueError as e:
@@ -91,67 +100,83 @@ class PolicyStore:
             yield wait
 
     async def _try_update(self, pipe: Pipe, edit: Callable[[KeyBook], KeyBook]) -> KeyBook:
-        await pipe.watch(REVISION, KEYS, REVOKED, REVISIONS)
-        stored = await self._read(pipe)
+        await pipe.watch(REVISION, KEYS, REVOKED, REVISIONS, SEAL)
+        stored, stale = await self._read(pipe)
         book = edit(stored)
         pipe.multi()
-        if book.revision == stored.revision:
+        if book.revision == stored.revision and not stale:
             pipe.get(REVISION)  # EXEC proves that nothing moved between the reads
         else:
-            self._write(pipe, stored, book)
+            self._write(pipe, stored, book, stale)
         await pipe.execute()
         return book
 
-    async def _read(self, pipe: Pipe) -> KeyBook:
+    async def _read(self, pipe: Pipe) -> tuple[KeyBook, set[str]]:
+        """Read the book, and the names of records that must be encrypted anew."""
         revision = _number(await pipe.get(REVISION))
-        records = await pipe.hgetall(KEYS)
-        revoked = await pipe.smembers(REVOKED)
-        keys = {key.key_id: key for key_id, text in records.items() if (key := self._decode(key_id, text))}
-        return KeyBook(revision, keys, frozenset(revoked), self._history(await pipe.hgetall(REVISIONS)))
+        sealed_keys, sealed_revisions = await pipe.hgetall(KEYS), await pipe.hgetall(REVISIONS)
+        revoked = frozenset(await pipe.smembers(REVOKED))
+        seal = await pipe.get(SEAL)
+        keys = {i: key for i, text in sealed_keys.items() if (key := self._key(i, text))}
+        revisions = {r.revision: r for n, text in sealed_revisions.items() if (r := self._revision(n, text))}
+        book = KeyBook(revision, keys, revoked, History(revisions))
+        damage = self._damage(seal, book) if keys or sealed_revisions or seal else ""
+        stale = {_name(KEYS, i) for i in keys if not self._vault.is_current(sealed_keys[i])}
+        stale |= {_name(REVISIONS, str(n)) for n in revisions if not self._vault.is_current(sealed_revisions[str(n)])}
+        if damage or (seal and not self._vault.is_current(seal)):
+            stale.add(SEAL)
+        return replace(book, damage=damage), stale
 
-    def _write(self, pipe: Pipe, stored: KeyBook, book: KeyBook) -> None:
-        changed = {i: encode_key(k, self._pepper) for i, k in book.keys.items() if stored.keys.get(i) != k}
-        if changed:
-            pipe.hset(KEYS, mapping=changed)
-        if gone := stored.keys.keys() - book.keys.keys():
-            pipe.hdel(KEYS, *gone)
+    def _write(self, pipe: Pipe, stored: KeyBook, book: KeyBook, stale: set[str]) -> None:
+        keys = {i: encode_key(k) for i, k in book.keys.items() if stored.keys.get(i) != k or _name(KEYS, i) in stale}
+        self._replace(pipe, KEYS, keys, stored.keys.keys() - book.keys.keys())
+        old, new = stored.history.revisions, book.history.revisions
+        revisions = {
+            str(n): encode_revision(r) for n, r in new.items() if old.get(n) != r or _name(REVISIONS, str(n)) in stale
+        }
+        self._replace(pipe, REVISIONS, revisions, map(str, old.keys() - new.keys()))
         if revoked := book.revoked - stored.revoked:
             pipe.sadd(REVOKED, *revoked)
-        self._write_history(pipe, stored.history, book.history)
+        pipe.set(SEAL, self._vault.seal(SEAL, _sealed(book)))
         pipe.set(REVISION, book.revision)
         pipe.publish(CHANNEL, book.revision)
 
-    def _write_history(self, pipe: Pipe, stored: History, history: History) -> None:
-        changed = {n: r for n, r in history.revisions.items() if stored.revisions.get(n) != r}
+    def _replace(self, pipe: Pipe, kind: str, changed: dict[str, str], gone: Iterable[str]) -> None:
         if changed:
-            pipe.hset(REVISIONS, mapping={n: self._pepper.seal(encode_revision(r)) for n, r in changed.items()})
-        if gone := stored.revisions.keys() - history.revisions.keys():
-            pipe.hdel(REVISIONS, *gone)
+            pipe.hset(kind, mapping={i: self._vault.seal(_name(kind, i), text) for i, text in changed.items()})
+        if names := list(gone):
+            pipe.hdel(kind, *names)
 
-    def _history(self, records: dict[str, str]) -> History:
-        revisions = (self._decode_revision(number, text) for number, text in records.items())
-        return History({revision.revision: revision for revision in revisions if revision})
+    def _key(self, key_id: str, text: str) -> Key | None:
+        return self._opened(_name(KEYS, key_id), text, decode_key)
 
-    def _decode_revision(self, number: str, text: str) -> Revision | None:
-        try:
-            revision = decode_revision(self._pepper.open(text))
-            if str(revision.revision) == number:
-                return revision
-        except (ValueError, KeyError, TypeError):
-            pass
-        log.error("ignoring a policy revision that this pepper did not seal", extra={"policy_revision": number})
-        return None
+    def _revision(self, number: str, text: str) -> Revision | None:
+        return self._opened(_name(REVISIONS, number), text, decode_revision)
 
-    def _decode(self, key_id: str, text: str) -> Key | None:
+    def _opened(self, name: str, text: str, decode: Callable[[str], R]) -> R | None:
         """Read a record; None when it is not ours: then a service that knows a good one writes it again."""
         try:
-            key = decode_key(text, self._pepper)
-            if key.key_id == key_id:
-                return key
-        except (ValueError, KeyError, TypeError):
-            pass
-        log.error("ignoring a policy record that this pepper did not seal", extra={"key_id": key_id})
-        return None
+            return decode(self._vault.open(name, text))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            log.error("ignoring a policy record that does not open", extra={"record": name})  # noqa: TRY400 - all said
+            return None
+
+    def _damage(self, seal: str | None, book: KeyBook) -> str:
+        """Say what is wrong with a stored book, as far as the seal knows; empty: nothing."""
+        if seal is None or (sealed := self._opened(SEAL, seal, str)) is None:
+            return "the policy store has records and no good seal"
+        return "" if sealed == _sealed(book) else "the policy store lacks its newest policy or a revocation"
+
+
+def _name(kind: str, name: str) -> str:
+    """Name a record of a hash: what its encryption is bound to."""
+    return f"{kind}:{name}"
+
+
+def _sealed(book: KeyBook) -> str:
+    """Write down what must not be missing from a book, or else more would be allowed."""
+    revoked = hashlib.sha256("\n".join(sorted(book.revoked)).encode()).hexdigest()
+    return f"{book.history.newest.revision} {book.history.live.revision} {revoked}"
 
 
 def _client(url: str) -> Client:

@@ -45,7 +45,7 @@ class RegistryStore:
 
     def __init__(self, url: str) -> None:
         try:
-            self._redis: Client = _client(url)
+            self._redis: Client = connect(url)
         except ValueError as e:
             raise ConfigError("INFERFLUX_REDIS_URL: must be a redis://, rediss:// or unix:// URL") from e
 
@@ -57,7 +57,7 @@ class RegistryStore:
 
     async def write_roster(self, owner: str, roster: Roster, *, announce: bool) -> None:
         """Replace the owner's roster; `announce` makes the other replicas read it now. Raises Unavailable."""
-        with _unavailable():
+        with unavailable():
             async with self._redis.pipeline(transaction=True) as pipe:
                 pipe.hset(ROSTERS, owner, roster.encode())
                 if announce:
@@ -66,17 +66,17 @@ class RegistryStore:
 
     async def read(self) -> tuple[int, dict[str, Roster]]:
         """Return the revision of the models and the rosters by owner. Raises Unavailable."""
-        with _unavailable():
+        with unavailable():
             async with self._redis.pipeline(transaction=True) as pipe:
                 pipe.get(REVISION)
                 pipe.hgetall(ROSTERS)
                 revision, texts = await pipe.execute()
         rosters = {owner: roster for owner, text in texts.items() if (roster := Roster.decode(text))}
-        return _number(revision), rosters
+        return read_revision(revision), rosters
 
     async def forget(self, owner: str) -> None:
         """Remove the roster of a replica that is gone. Raises Unavailable."""
-        with _unavailable():
+        with unavailable():
             await self._redis.hdel(ROSTERS, owner)
 
     async def update(self, edit: Callable[[ModelBook], ModelBook]) -> ModelBook:
@@ -84,7 +84,7 @@ class RegistryStore:
 
         `edit` may run several times, and may raise. A book of the same revision is not written. Raises Unavailable.
         """
-        with _unavailable():
+        with unavailable():
             async with asyncio.timeout(UPDATE_TIMEOUT_S), self._redis.pipeline(transaction=True) as pipe:
                 while True:
                     try:
@@ -96,11 +96,11 @@ class RegistryStore:
     async def subscribe(self) -> AsyncIterator[Callable[[float], Awaitable[None]]]:
         """Give a function that waits for the next write of any replica, at most so many seconds. Raises Unavailable."""
         async with self._redis.pubsub(ignore_subscribe_messages=True) as pubsub:
-            with _unavailable():
+            with unavailable():
                 await pubsub.subscribe(CHANNEL)
 
             async def wait(timeout_s: float) -> None:
-                with _unavailable():
+                with unavailable():
                     await pubsub.get_message(timeout=timeout_s)
 
             yield wait
@@ -108,7 +108,7 @@ class RegistryStore:
 
 async def _try_update(pipe: Pipe, edit: Callable[[ModelBook], ModelBook]) -> ModelBook:
     await pipe.watch(REVISION, MODELS)
-    revision, texts = _number(await pipe.get(REVISION)), await pipe.hgetall(MODELS)
+    revision, texts = read_revision(await pipe.get(REVISION)), await pipe.hgetall(MODELS)
     stored = ModelBook(revision, {name: model for name, text in texts.items() if (model := _decode(name, text))})
     book = edit(stored)
     pipe.multi()
@@ -142,7 +142,7 @@ def _decode(name: str, text: str) -> Model | None:
     return None
 
 
-def _client(url: str) -> Client:
+def connect(url: str) -> Client:
     """Make a client without retries: the service reconnects itself, and a write must not happen twice."""
     return redis.Redis.from_url(
         url,
@@ -155,14 +155,15 @@ def _client(url: str) -> Client:
 
 
 @contextmanager
-def _unavailable() -> Iterator[None]:
+def unavailable() -> Iterator[None]:
+    """Raise Unavailable for every failure of Redis inside the block."""
     try:
         yield
     except (RedisError, OSError, TimeoutError) as e:
         raise Unavailable(f"registry store: {type(e).__name__}", retry_after_s=1.0) from e
 
 
-def _number(text: str | None) -> int:
+def read_revision(text: str | None) -> int:
     """Read a revision; what is none counts as missing, and is then written anew."""
     if text is None or not text.isdecimal() or len(text) > len(str(MAX_REVISION)):
         return 0

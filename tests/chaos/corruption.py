@@ -288,7 +288,6 @@ MUTATIONS: dict[str, Mutation] = {
     "other dtype": other_reader(dtype="bfloat16"),
     "other model revision": other_reader(weights_digest="cd" * 32),
     "other block size": other_reader(block_size=32),
-    "other parallelism": other_reader(tensor_parallel=2),
     "other key": other_key,
     "other start of the worker": other_start,
     "missing block": missing_block,

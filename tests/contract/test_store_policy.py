@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import time
+from dataclasses import replace
 
 import pytest
 
 from inferflux.clock import ManualClock
-from inferflux.errors import ConfigError, NotFound, Unavailable
+from inferflux.errors import ConfigError, NotFound, PolicyPersistFailed, Unavailable
 from inferflux.policy.identity import Scope
 from services.policy.book import KeyBook
+from services.policy.history import draft, encode_revision
 from services.policy.keeper import Keeper
-from services.policy.keys import new_key
+from services.policy.keys import encode_key, new_key
 from services.policy.pepper import Pepper
 from services.policy.store import PolicyStore
+from services.policy.vault import Vault
 from tests.support.redis_server import RedisServer, redis_binaries
 
 PEPPER = Pepper(b"p" * 32)
+VAULT = Vault([b"v" * 32])
+NAME = "ifx:{policy}:keys:"
 NOW_MS = 1_700_000_000_000
 
 
@@ -29,13 +34,13 @@ def server(request):
 
 @pytest.fixture
 async def store(server):
-    async with PolicyStore(server.url, PEPPER) as opened:
+    async with PolicyStore(server.url, VAULT) as opened:
         yield opened
 
 
 @pytest.fixture
 async def replica(server):
-    async with PolicyStore(server.url, PEPPER) as opened:
+    async with PolicyStore(server.url, VAULT) as opened:
         yield opened
 
 
@@ -105,7 +110,7 @@ async def test_only_our_keys_are_touched_and_no_secret_is_among_them(store, serv
     await store.update(lambda book: book.revoke(key(1).key_id, NOW_MS))
 
     assert server.command("EXISTS", "ifx:{policy}:keys", "ifx:{policy}:revision", "ifx:{policy}:revoked") == ":3"
-    assert server.command("DBSIZE") == ":3"
+    assert server.command("DBSIZE") == ":4"
     assert b"ifx_secret" not in b"".join(f.read_bytes() for f in server.socket_path.parent.rglob("*.aof"))
 
 
@@ -122,8 +127,10 @@ async def test_a_book_survives_a_kill_of_the_server(store, server):
 async def test_poisoned_records_are_ignored_and_good_ones_kept(store, server):
     """Garbage, another pepper's record and a record under another id are no keys."""
     written = await store.update(adding(1))
-    foreign = Pepper(b"q" * 32).seal("{}")
-    server.command("HSET", "ifx:{policy}:keys", "key_x", "garbage", "key_y", foreign, "key_z", PEPPER.seal("[]"))
+    foreign, empty = Vault([b"q" * 32]).seal(NAME + "key_y", "{}"), VAULT.seal(NAME + "key_z", "[]")
+    moved = VAULT.seal(NAME + key(2).key_id, encode_key(key(2)))
+    poison = "key_x", "garbage", "key_y", foreign, "key_z", empty, "key_w", moved
+    server.command("HSET", "ifx:{policy}:keys", *poison)
 
     assert await read(store) == written
 
@@ -167,6 +174,75 @@ async def test_a_value_of_the_wrong_type_is_unavailable_not_a_crash(store, serve
         await read(store)
 
 
+DOCUMENT = b'{"audit":{"sample":0.5}}'
+
+
+def applying(document=DOCUMENT):
+    return lambda book: book.apply(draft(document, "key_1", "canary-of-the-reason"), NOW_MS)
+
+
+async def test_nothing_can_be_read_in_the_store(store, server):
+    """Neither documents nor reasons nor names of keys, in memory or on disk."""
+    await store.update(applying())
+    await store.update(lambda book: book.add(new_key("s" * 9, PEPPER, name="canary", scopes=Scope, now_ms=1), NOW_MS))
+    files = b"".join(f.read_bytes() for f in server.socket_path.parent.rglob("*.aof"))
+
+    assert b"revisions" in files
+    for text in (b"audit", b"canary", b"scopes"):
+        assert text not in files
+
+
+async def test_records_are_encrypted_anew_with_the_first_key_of_the_ring(server, store):
+    """Keys, revisions and the seal; the book and its revision stay as they are; then the old key is not needed."""
+    await store.update(adding(1))
+    written = await store.update(applying())
+    old, new = b"v" * 32, b"w" * 32
+    async with PolicyStore(server.url, Vault([new, old])) as rotating:
+        assert await read(rotating) == written
+    async with PolicyStore(server.url, Vault([new])) as rotated:
+        assert await read(rotated) == written
+        assert await rotated.revision() == written.revision
+
+
+@pytest.mark.parametrize("attack", ["change", "cut", "swap", "seal", "foreign seal", "old"])
+async def test_a_poisoned_policy_is_repaired_by_who_knows_it_and_used_by_nobody(server, store, replica, attack):
+    """A service that has just started publishes nothing, rather than an older policy or none."""
+    keeper = Keeper(store, ManualClock(NOW_MS / 1000), [])
+    await keeper.apply(lambda _: draft(b"{}", "a", ""), None)
+    first = str(keeper.book().history.live.revision)
+    await keeper.apply(lambda _: draft(DOCUMENT, "a", ""), None)
+    newest = str(keeper.book().history.live.revision)
+    poison(server, attack, first, newest)
+    fresh = Keeper(replica, ManualClock(NOW_MS / 1000), [])
+
+    with pytest.raises(Unavailable, match="policy store"):
+        await fresh.refresh()
+    assert fresh.feed.revision == 0
+    with pytest.raises(PolicyPersistFailed):
+        await fresh.apply(lambda _: draft(b"{}", "a", ""), None)
+    await keeper.change(lambda book: book)
+    await fresh.refresh()
+    assert fresh.book().history.live.document == DOCUMENT
+
+
+def poison(server, attack, first, newest):
+    revisions, seal = "ifx:{policy}:revisions", "ifx:{policy}:seal"
+    old = VAULT.seal(f"{revisions}:{first}", encode_revision(replace(draft(b"{}", "a", ""), revision=int(first))))
+    match attack:
+        case "change":
+            assert server.command("HSET", revisions, newest, "v1.0.x") == ":0"
+        case "cut":
+            assert server.command("HDEL", revisions, newest) == ":1"
+        case "swap":
+            assert server.command("HSET", revisions, newest, old) == ":0"
+        case "seal":
+            assert server.command("DEL", seal) == ":1"
+        case "foreign seal":
+            assert server.command("SET", seal, Vault([b"q" * 32]).seal(seal, f"{newest} {newest}")) == "+OK"
+        case "old":
+            assert server.command("HDEL", revisions, newest, first) == ":2"
+
+
 async def test_the_first_write_of_a_service_registers_its_initial_keys_too(store):
     """Whether an operator's call or the service's own loop reaches the store first."""
     keeper = Keeper(store, ManualClock(NOW_MS / 1000), [key(1)])
@@ -197,7 +273,7 @@ async def test_a_replica_takes_over_what_others_wrote_and_repairs_what_was_lost(
 def test_a_bad_url_is_a_configuration_error():
     """And is not repeated: it may hold a password."""
     with pytest.raises(ConfigError) as caught:
-        PolicyStore("http://:password@host", PEPPER)
+        PolicyStore("http://:password@host", VAULT)
 
     assert "password" not in caught.value.message
 

@@ -201,3 +201,17 @@ def test_inferctl_searches_and_verifies_the_audit_log(http, url, plane):
 
     assert bad.returncode == 1
     assert f"{log.name}:2" in bad.stderr
+
+
+def test_nothing_of_a_document_is_in_any_file(http, plane):
+    """Neither in Redis's, nor in logs, nor in the audit log; and no process was told it on its command line."""
+    canary = "canary-in-a-policy"
+    answer = http.put("/v1/admin/policy", json={"document": {"audit": {}}, "reason": canary})
+    wrong = http.put("/v1/admin/policy", json={"document": {"audit": {"sample": canary}}, "reason": canary})
+    assert (answer.status_code, wrong.status_code) == (200, 400)
+    files = [
+        path for root in (plane.home, plane.redis.socket_path.parent) for path in root.rglob("*") if path.is_file()
+    ]
+
+    assert any(path.suffix == ".aof" for path in files)
+    assert [path for path in files if canary.encode() in path.read_bytes()] == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import AsyncIterator
 from contextlib import ExitStack, asynccontextmanager
@@ -11,6 +12,7 @@ import grpc
 import pytest
 
 from inferflux.errors import (
+    AuditUnavailable,
     Conflict,
     InvalidRequest,
     NotFound,
@@ -396,3 +398,92 @@ async def test_a_change_that_the_store_does_not_take_is_no_change(cluster):
 
         assert watcher.newest.policy == first
         assert cluster.redis.command("HEXISTS", "ifx:{policy}:revisions", str(first.revision)) == ":1"
+
+
+def report(gateway: str = "gateway-0", **fields: object) -> pb.ReportPolicyRequest:
+    return pb.ReportPolicyRequest(**{"gateway_id": gateway} | fields)
+
+
+async def test_a_canary_that_fails_is_reverted_and_says_why(cluster):
+    """By a revision of the service, within one report; what is as bad as the rest stays."""
+    async with client(service := cluster.service()) as stub, client(service, "gateway") as gateway:
+        live = await apply(stub)
+        canary = await apply(stub, b"{}", stage=pb.POLICY_STAGE_CANARY, share=0.1)
+        same = {"live": pb.Outcomes(num_requests=900, num_failures=300)}
+        good = pb.Outcomes(num_requests=100, num_failures=33)
+        bad = pb.Outcomes(num_requests=100, num_failures=60)
+        await gateway.ReportPolicy(report(candidate_revision=canary.revision, candidate=good, **same))
+        assert (await stub.GetPolicy(pb.GetPolicyRequest())).candidate == canary
+
+        started_at = time.perf_counter()
+        await gateway.ReportPolicy(report(candidate_revision=canary.revision, candidate=bad, **same))
+        state = await stub.GetPolicy(pb.GetPolicyRequest())
+
+        assert time.perf_counter() - started_at < 10
+        assert not state.HasField("candidate")
+        assert (state.policy.document, state.policy.author) == (live.document, "policy")
+        assert "60 of 100 requests failed" in state.policy.reason
+        assert state.policy.revision > canary.revision
+
+
+async def test_a_candidate_that_a_gateway_cannot_read_is_reverted(cluster):
+    """In shadow too: it could never be promoted."""
+    async with client(service := cluster.service()) as stub, client(service, "gateway") as gateway:
+        shadow = await apply(stub, stage=pb.POLICY_STAGE_SHADOW)
+        await gateway.ReportPolicy(report(candidate_revision=shadow.revision, is_candidate_refused=True))
+        state = await stub.GetPolicy(pb.GetPolicyRequest())
+
+        assert not state.HasField("candidate")
+        assert "gateway-0 can't read it" in state.policy.reason
+
+
+async def test_gateways_are_listed_with_what_they_use_and_how_far_behind_they_are(cluster):
+    """As this replica knows them; others may not report."""
+    async with client(service := cluster.service()) as stub, client(service, "gateway") as gateway:
+        first, second = await apply(stub), await apply(stub, b"{}")
+        await gateway.ReportPolicy(report("gateway-0", revision=second.revision))
+        await gateway.ReportPolicy(report("gateway-1", revision=first.revision))
+        listed = await stub.ListReplicas(pb.ListReplicasRequest())
+
+        assert [replica.report.gateway_id for replica in listed.replicas] == ["gateway-0", "gateway-1"]
+        assert listed.replicas[0].lag_s == 0
+        assert listed.replicas[1].lag_s > 0
+        with pytest.raises(PermissionDenied), translated_errors():
+            await stub.ReportPolicy(report())
+
+
+async def test_what_is_configured_is_in_force_until_an_administrator_changes_it(cluster):
+    """File, then environment, then administrators; also after a restart."""
+    file = cluster.home / "policy.toml"
+    file.write_text("[audit]\nsample = 0.1\n[guardrails]\n")
+    service = cluster.service(policy_file=str(file), policy='{"audit": {"sample": 0.2}}')
+    async with client(service) as stub:
+        await until(service.is_ready)
+        configured = (await stub.GetPolicy(pb.GetPolicyRequest())).policy
+        service.restart()
+        again = (await stub.GetPolicy(pb.GetPolicyRequest(), wait_for_ready=True)).policy
+        made = await apply(stub)
+        service.restart()
+        kept = (await stub.GetPolicy(pb.GetPolicyRequest(), wait_for_ready=True)).policy
+
+    assert (configured.document, configured.author) == (b'{"audit":{"sample":0.2},"guardrails":{}}', "config")
+    assert again == configured
+    assert kept == made
+
+
+async def test_what_an_operator_does_is_in_the_audit_log_and_is_not_done_without_it(cluster):
+    """Gateways write down what they do themselves."""
+    blocked = cluster.home / "blocked"
+    blocked.write_text("no directory")
+    service = cluster.service(audit_dir=str(blocked))
+    async with client(service) as stub, client(service, "gateway") as gateway:
+        for attempt in (create(stub), apply(stub), revoke(stub, "key_1")):
+            with pytest.raises(AuditUnavailable):
+                await attempt
+        assert await listed(stub) == set()
+        assert (await create(gateway)).secret
+        blocked.unlink()
+        made = await create(stub, "second")
+        lines = (await stub.ListAudit(pb.ListAuditRequest(fields={"actor": "operator"}))).lines
+
+    assert [json.loads(line)["record"]["target"] for line in lines] == [made.key.key_id]

@@ -25,6 +25,7 @@ from inferflux.v1.prefill_service_pb2_grpc import PrefillServiceStub
 from inferflux.worker.drain import Drain
 from inferflux.worker.leases import SessionLeases
 from inferflux.worker.main import Part
+from inferflux.worker.meter import Meter
 from inferflux.worker.prefixes import PrefixTally
 from inferflux.worker.progress import Progress
 from inferflux.worker.settings import WorkerSettings
@@ -36,7 +37,9 @@ from services.gateway.auth import Authenticator, Key, KeyRing, Principal, hash_s
 from services.gateway.endpoints import Scope
 from services.gateway.envelope import BodyLimits
 from services.gateway.inference import Inference
+from services.gateway.policy import Policies
 from services.gateway.pool import Caller, Pool
+from services.gateway.reservations import Reservations
 from services.gateway.settings import Settings
 from services.gateway.views import ClusterView, Model
 from services.gateway.views import Worker as View
@@ -159,6 +162,7 @@ class SimWorker:
             prefixes=prefixes,
             tally=PrefixTally() if prefixes is not None else None,
             progress=Progress(LoopClock(), 2.0),
+            meter=Meter(LoopClock()),
         )
         try:
             async with Tasks() as tasks:
@@ -237,7 +241,8 @@ class SimGateway:
             self.app = Inference(
                 auth=Authenticator(PEPPER, lambda: ring),
                 pool=self.pool,
-                policy_revision=lambda: 1,
+                policies=lambda: Policies(1, ring),
+                reservations=Reservations(shares=None),
                 limits=BodyLimits(),
                 timeout_s=TIMEOUT_S,
                 access_log=None,

@@ -18,13 +18,14 @@ import tempfile
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import ExitStack, aclosing, asynccontextmanager, contextmanager, suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from inferflux.cli.pdeathsig import die_with_parent
 from inferflux.engine import create
 from inferflux.engine.base import ComputedPrompt, Engine, EngineInfo, EngineLoad, KvSource, Prefilled
-from inferflux.engine.options import EngineOptions
+from inferflux.engine.options import EngineOptions, Parallelism
 from inferflux.engine.sim import SimEngine
 from inferflux.kv.arena import Arena
 from inferflux.kv.prefixes import Place, PrefixStore
@@ -125,7 +126,12 @@ class Host:
 async def host(config: dict[str, Any]) -> None:
     """Run the engine until the parent ends."""
     options = EngineOptions(
-        **{**config["options"], **_paths(config["options"]), "role": Role(config["options"]["role"])}
+        **{
+            **config["options"],
+            **_paths(config["options"]),
+            "role": Role(config["options"]["role"]),
+            "parallelism": Parallelism(**config["options"]["parallelism"]),
+        }
     )
     arena = Arena.create(ARENA_BYTES) if options.role is Role.PREFILL else None
     prefixes = PrefixStore(arena, Place(config["arena"], INCARNATION)) if arena is not None else None
@@ -300,6 +306,8 @@ def _started(engine: str, options: EngineOptions) -> Iterator[HostedEngine]:
 
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, Parallelism):
+        return asdict(value)
     return str(value) if isinstance(value, Path) else value
 
 

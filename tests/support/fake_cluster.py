@@ -34,6 +34,7 @@ from inferflux.v1 import prefill_service_pb2 as prefill_pb
 from inferflux.v1 import registry_service_pb2 as registry_pb
 from inferflux.v1 import types_pb2 as pb
 from inferflux.v1.decode_service_pb2_grpc import DecodeServiceServicer, add_DecodeServiceServicer_to_server
+from inferflux.v1.limits_service_pb2_grpc import LimitsServiceServicer, add_LimitsServiceServicer_to_server
 from inferflux.v1.policy_service_pb2_grpc import PolicyServiceServicer, add_PolicyServiceServicer_to_server
 from inferflux.v1.prefill_service_pb2_grpc import PrefillServiceServicer, add_PrefillServiceServicer_to_server
 from inferflux.v1.registry_service_pb2_grpc import RegistryServiceServicer, add_RegistryServiceServicer_to_server
@@ -45,7 +46,7 @@ MODEL = "tiny"
 ADMIN_KEY, GENERATE_KEY, READ_KEY = "test-key-admin", "test-key-generate", "test-key-read"
 PULSE_S = 0.05
 SCOPES = {"generate": policy_pb.SCOPE_GENERATE, "read": policy_pb.SCOPE_READ, "admin": policy_pb.SCOPE_ADMIN}
-FINGERPRINT = pb.ModelFingerprint(weights_digest="w", dtype="float32", layout="l", block_size=16, tensor_parallel=1)
+FINGERPRINT = pb.ModelFingerprint(weights_digest="w", dtype="float32", layout="l", block_size=16)
 GATEWAY_ONLY = frozenset({"gateway"})
 
 
@@ -98,13 +99,6 @@ class FakePolicy(PolicyServiceServicer):
     async def AppendAudit(self, request, context) -> policy_pb.AppendAuditResponse:
         self.audit += [json.loads(record) for record in request.records]
         return policy_pb.AppendAuditResponse()
-
-    def apply(self, document: dict[str, Any]) -> None:
-        """Push another policy document."""
-        revision = self.revision + 1
-        stage = policy_pb.POLICY_STAGE_LIVE
-        self.policy = policy_pb.PolicyRevision(revision=revision, document=json.dumps(document).encode(), stage=stage)
-        self.publish(revision)
 
     async def CreateKey(self, request, context) -> policy_pb.CreateKeyResponse:
         secret = request.secret or f"made-by-the-service-{len(self.keys)}"
@@ -376,6 +370,7 @@ class FakeCluster:
         ensure_pki(root / "pki")
         ensure_secrets(root / "secrets")
         self.policy = new_policy(root)
+        self.limits: LimitsServiceServicer | None = None
         self.registry = FakeRegistry()
         self._servers: dict[str, RpcServer] = {}
         self._names = itertools.count()
@@ -390,8 +385,10 @@ class FakeCluster:
         return f"unix:{self.root}/registry.sock"
 
     async def start_policy(self) -> None:
-        server = await self._serve("policy", self.policy_address, "PolicyService")
+        server = await self._serve("policy", self.policy_address, "PolicyService", "LimitsService")
         add_PolicyServiceServicer_to_server(self.policy, server.grpc)
+        if self.limits is not None:
+            add_LimitsServiceServicer_to_server(self.limits, server.grpc)
         await server.start()
 
     async def start_registry(self) -> None:
@@ -401,7 +398,7 @@ class FakeCluster:
 
     async def add_decode(self, worker_id: str = "decode-0", **fields: Any) -> FakeDecode:
         worker = FakeDecode(worker_id, **fields)
-        server = await self._serve(worker_id, self._address(worker), "DecodeService", "decode")
+        server = await self._serve(worker_id, self._address(worker), "DecodeService", role="decode")
         add_DecodeServiceServicer_to_server(worker, server.grpc)
         await server.start()
         self.registry.put(worker.record(pb.WORKER_ROLE_DECODE))
@@ -409,7 +406,7 @@ class FakeCluster:
 
     async def add_prefill(self, worker_id: str = "prefill-0", **fields: Any) -> FakePrefill:
         worker = FakePrefill(worker_id, **fields)
-        server = await self._serve(worker_id, self._address(worker), "PrefillService", "prefill")
+        server = await self._serve(worker_id, self._address(worker), "PrefillService", role="prefill")
         add_PrefillServiceServicer_to_server(worker, server.grpc)
         await server.start()
         self.registry.put(worker.record(pb.WORKER_ROLE_PREFILL))
@@ -430,9 +427,9 @@ class FakeCluster:
         worker.address = worker.address or f"unix:{self.root}/w{next(self._names)}.sock"
         return worker.address
 
-    async def _serve(self, name: str, address: str, service: str, role: str = "") -> RpcServer:
+    async def _serve(self, name: str, address: str, *services: str, role: str = "") -> RpcServer:
         identity = Identity.load(self.root / "pki", role or name)
-        server = RpcServer(identity, address, {f"/inferflux.v1.{service}/": GATEWAY_ONLY})
+        server = RpcServer(identity, address, {f"/inferflux.v1.{service}/": GATEWAY_ONLY for service in services})
         self._servers[name] = server
         return server
 
@@ -489,11 +486,12 @@ async def running_gateway(cluster: FakeCluster, **settings: Any) -> AsyncIterato
 
 
 @asynccontextmanager
-async def fake_cluster() -> AsyncIterator[FakeCluster]:
-    """Policy and registry, without workers."""
+async def fake_cluster(limits: LimitsServiceServicer | None = None) -> AsyncIterator[FakeCluster]:
+    """Policy and registry, without workers. `limits`: what the policy service counts with."""
     async with AsyncExitStack() as stack:
         root = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ifx-")))
         cluster = FakeCluster(root)
+        cluster.limits = limits
         await cluster.start_policy()
         await cluster.start_registry()
         stack.push_async_callback(cluster.close)

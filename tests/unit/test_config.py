@@ -170,3 +170,16 @@ def test_socket_addresses_that_the_kernel_would_refuse_are_refused_early() -> No
 
     with pytest.raises(ConfigError, match=f"limit {MAX_SOCKET_PATH}"):
         Home(Path("/" + "h" * MAX_SOCKET_PATH)).socket("policy")
+
+
+def test_a_setting_may_come_from_a_file_of_its_own(tmp_path: Path) -> None:
+    """INFERFLUX_X_FILE names the file that holds INFERFLUX_X; only one of them may be set, and neither is quoted."""
+    (tmp_path / "url").write_text("redis://secret@host\n")
+    environ = {"INFERFLUX_INSTANCE_ID": "a", "INFERFLUX_REDIS_URL_FILE": str(tmp_path / "url")}
+
+    assert config.load(CommonSettings, environ).redis_url == "redis://secret@host"
+    with pytest.raises(ConfigError, match="INFERFLUX_REDIS_URL: set together with INFERFLUX_REDIS_URL_FILE") as caught:
+        config.load(CommonSettings, environ | {"INFERFLUX_REDIS_URL": "redis://secret@host"})
+    assert "secret@" not in str(caught.value)
+    with pytest.raises(ConfigError, match=r"INFERFLUX_OPS_TOKEN_FILE: .*nowhere cannot be read"):
+        config.load(CommonSettings, environ | {"INFERFLUX_OPS_TOKEN_FILE": str(tmp_path / "nowhere")})

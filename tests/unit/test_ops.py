@@ -131,3 +131,22 @@ async def test_bad_addresses_are_configuration_errors(life: Lifecycle, bad: str)
 
     with pytest.raises(ConfigError, match="ops server cannot listen on"):
         await server.start()
+
+
+async def test_without_the_token_there_is_no_more_than_probes_need(life: Lifecycle, tmp_path: Path) -> None:
+    """Two statuses for all; metrics and reasons for who shows the token."""
+    server = OpsServer(f"unix:{tmp_path}/ops.sock", life, metrics.render, "right")
+    address = await server.start()
+    try:
+        assert (await ask(address, b"GET /livez HTTP/1.1\r\n\r\n"))[0] == 200
+        code, _, body = await ask(address, b"GET /readyz HTTP/1.1\r\n\r\n")
+        assert (code, json.loads(body)) == (503, {"ready": False})
+        for header in (b"", b"authorization: Bearer wrong\r\n", b"authorization: Basic right\r\n"):
+            code, _, body = await ask(address, b"GET /metrics HTTP/1.1\r\n" + header + b"\r\n")
+            assert code == 401
+            assert b"inferflux_" not in body
+        token = b"host: a\r\nAuthorization: bearer right\r\n\r\n"
+        assert b"inferflux_" in (await ask(address, b"GET /metrics HTTP/1.1\r\n" + token))[2]
+        assert json.loads((await ask(address, b"GET /readyz HTTP/1.1\r\n" + token))[2])["id"] == "decode-0"
+    finally:
+        await server.close()

@@ -80,9 +80,9 @@ def test_secrets_are_random_private_and_kept(tmp_path: Path) -> None:
     pki.ensure_secrets(tmp_path)
 
     assert contents(tmp_path) == before
-    assert sorted(before) == ["pepper.key", "snapshot.key", "snapshot.pub", "tenant.key", "ticket.key"]
+    assert sorted(before) == ["pepper.key", "snapshot.key", "snapshot.pub", "store.key", "tenant.key", "ticket.key"]
     assert {len(secret) for secret in before.values()} == {32}
-    assert len(set(before.values())) == 5
+    assert len(set(before.values())) == 6
     assert {file.stat().st_mode & 0o777 for file in tmp_path.iterdir()} == {0o600}
 
 
@@ -102,14 +102,16 @@ def test_identity_hides_its_key_and_names_what_is_missing(tmp_path: Path) -> Non
     [
         ([spiffe_id("gateway")], "gateway"),
         (["gateway.inferflux.internal", spiffe_id("gateway")], "gateway"),
-        (["gateway.inferflux.internal"], None),
+        (["gateway.inferflux.internal"], "gateway"),
+        (["gateway.inferflux.internal", spiffe_id("operator")], None),
+        (["gateway.elsewhere.internal"], None),
         ([spiffe_id("gateway"), spiffe_id("operator")], None),
         (["spiffe://elsewhere/role/gateway"], None),
         ([], None),
     ],
 )
 def test_a_caller_has_exactly_one_role(names: list[str], expected: str | None) -> None:
-    """Only a single SPIFFE id of our domain counts."""
+    """Only a single role counts, told by a SPIFFE id or a name of our domain."""
     context = {"x509_subject_alternative_name": [name.encode() for name in names]}
 
     assert caller_role(context) == expected

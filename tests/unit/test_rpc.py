@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import math
+import shutil
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -427,3 +429,28 @@ async def test_port_in_use_is_a_config_error(address: str, pki_dir: Path) -> Non
     with pytest.raises(errors.ConfigError):
         await server.start()
     await server.stop(0)
+
+
+async def test_certificates_change_while_the_server_runs(pki_dir: Path, tmp_path: Path) -> None:
+    """New files count from the next handshake, on both sides; callers with those of the old CA stay out."""
+    directory = tmp_path / "pki"
+    shutil.copytree(pki_dir, directory)
+    old = Identity.load(directory, "gateway")
+    server = RpcServer(Identity.load(directory, "policy"), f"unix:{tmp_path}/rpc.sock", CALLERS)
+    server.grpc.add_generic_rpc_handlers((Echo().handler(),))
+    address = await server.start()
+    try:
+        async with open_channel(address, Identity.load(directory, "gateway"), "policy") as channel:
+            assert await call(channel, "UnaryUnary", b"x") == [b"x"]
+            stream = channel.unary_stream("/test.Echo/UnaryStream")(b"forever")
+            assert await stream.read() == b"forever"
+            shutil.rmtree(directory)
+            pki.ensure_pki(directory)
+            async with open_channel(address, replace(old, source=None), "policy") as late:
+                assert (await failure(call(late, "UnaryUnary", b"z"))).code() is grpc.StatusCode.UNAVAILABLE
+            channel._looked_at = -math.inf
+            assert await call(channel, "UnaryUnary", b"y") == [b"y"]
+            assert not stream.done()
+            stream.cancel()
+    finally:
+        await server.stop(0)

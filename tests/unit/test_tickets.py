@@ -219,7 +219,6 @@ def test_the_right_reader_may_use_a_ticket() -> None:
         ("fingerprint", replace(FINGERPRINT, dtype="bfloat16"), KvIncompatible),
         ("fingerprint", replace(FINGERPRINT, layout="sim/2"), KvIncompatible),
         ("fingerprint", replace(FINGERPRINT, block_size=32), KvIncompatible),
-        ("fingerprint", replace(FINGERPRINT, tensor_parallel=2), KvIncompatible),
     ],
 )
 def test_a_captured_ticket_is_useless_elsewhere(field: str, value: object, error: type[InferfluxError]) -> None:

@@ -8,10 +8,20 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from argparse import Namespace
 
-    from inferflux.engine.options import EngineOptions
+    from inferflux.engine.options import EngineOptions, Parallelism
 
 CONNECTOR = "ArenaConnector"
+NO_DOMAIN = "media.invalid"
 CONNECTOR_MODULE = "inferflux.engine.vllm.connector"
+# What a rank that is no child of ours must find in its environment before it imports anything.
+INHERITED = (
+    "OMP_NUM_THREADS",
+    "THP_MEM_ALLOC_ENABLE",
+    "VLLM_CPU_OMP_THREADS_BIND",
+    "VLLM_LOGGING_LEVEL",
+    "VLLM_PLUGINS",
+    "PYTHONPATH",
+)
 
 
 def set_environment(options: EngineOptions) -> None:
@@ -28,21 +38,21 @@ def set_environment(options: EngineOptions) -> None:
         TRANSFORMERS_OFFLINE="1",
         VLLM_NO_USAGE_STATS="1",
         VLLM_DO_NOT_TRACK="1",
+        VLLM_MEDIA_URL_ALLOW_REDIRECTS="0",
         VLLM_PLUGINS="inferflux",
     )
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    if options.parallelism.executor == "ray":
+        os.environ.update(RAY_ADDRESS=options.parallelism.ray_address, RAY_USAGE_STATS_ENABLED="0")
 
 
 def server_arguments(options: EngineOptions, dtype: str, arena_fd: int | None, reports_fd: int) -> Namespace:
     """The arguments `vllm serve` would have parsed."""
     from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args  # noqa: PLC0415
     from vllm.utils.argparse_utils import FlexibleArgumentParser  # noqa: PLC0415
-    from vllm.v1.executor.uniproc_executor import UniProcExecutor  # noqa: PLC0415
 
     args = make_arg_parser(FlexibleArgumentParser()).parse_args(_command_line(options, dtype))
-    # One rank runs in the engine core itself. Given by name, vLLM's CPU platform makes a process of its own of it, with
-    # queues in shared memory that both sides poll. Threads and cores are set where we fork (plugin.EngineProcess).
-    args.distributed_executor_backend = UniProcExecutor
+    args.distributed_executor_backend = _executor(options.parallelism)
     args.kv_transfer_config = _transfer_config(arena_fd, reports_fd)
     validate_parsed_serve_args(args)
     return args
@@ -55,11 +65,36 @@ def _command_line(options: EngineOptions, dtype: str) -> list[str]:
     line += ["--max-num-seqs", str(options.max_num_seqs)]
     line += ["--enable-auto-tool-choice", "--tool-call-parser", "hermes", "--enable-prompt-tokens-details"]
     line += ["--disable-uvicorn-access-log", "--scheduling-policy", "priority"]
+    # The gateway refuses media by address. Should one get here, it is of no domain that there is.
+    line += ["--allowed-media-domains", NO_DOMAIN]
     if options.max_model_len:
         line += ["--max-model-len", str(options.max_model_len)]
     if options.block_size:
         line += ["--block-size", str(options.block_size)]
-    return line
+    return line + _parallelism(options.parallelism)
+
+
+def _parallelism(parallelism: Parallelism) -> list[str]:
+    line = ["--tensor-parallel-size", str(parallelism.tensor)]
+    line += ["--pipeline-parallel-size", str(parallelism.pipeline)]
+    line += ["--data-parallel-size", str(parallelism.data)]
+    return line + (["--enable-expert-parallel"] if parallelism.expert else [])
+
+
+def _executor(parallelism: Parallelism) -> Any:
+    """What starts the ranks, as a class: by name, vLLM's CPU platform takes mp for a single rank too.
+
+    That one had a process of its own then, with queues in shared memory that both sides poll.
+    """
+    if parallelism.executor == "ray":
+        from inferflux.engine.vllm.ray_executor import RayExecutor  # noqa: PLC0415
+
+        return RayExecutor
+    if parallelism.executor == "mp" or parallelism.num_ranks > 1:
+        return "mp"
+    from vllm.v1.executor.uniproc_executor import UniProcExecutor  # noqa: PLC0415
+
+    return UniProcExecutor
 
 
 def _transfer_config(arena_fd: int | None, reports_fd: int) -> Any:

@@ -2,7 +2,7 @@
 
 Loaded by vLLM by name in the engine core process, once as scheduler side and once per rank as worker side. Whole
 blocks move as bytes, never token slices: on CPU a block holds K and V packed for the instruction set (see the layout in
-the ticket's fingerprint). One slot holds one block of all layers: `[layer][block bytes]`.
+the ticket's fingerprint). One slot holds one block of all layers and heads; each rank copies its own part of it.
 
 Publishing happens right after the forward pass that completed the blocks. Hydration runs while the engine steps on;
 vLLM schedules the request once `get_transfer_results` names it.
@@ -10,10 +10,11 @@ vLLM schedules the request once `get_transfer_results` names it.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
     KVConnectorMetadata,
@@ -23,12 +24,14 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 from inferflux.engine.vllm import transfer
-from inferflux.engine.vllm.hydrate import Hydrator, Load, LoadPlanner
+from inferflux.engine.vllm.hydrate import Hydrator, Load, LoadPlanner, RankReports
 from inferflux.engine.vllm.publish import Publisher, Save
+from inferflux.engine.vllm.shards import Shard, bytes_by_block
+from inferflux.kv import handout
 from inferflux.kv.arena import Arena
-from inferflux.kv.blocks import copy_out
 
 if TYPE_CHECKING:
+    import torch
     from vllm.config import VllmConfig
     from vllm.forward_context import ForwardContext
     from vllm.v1.attention.backend import AttentionMetadata
@@ -55,15 +58,14 @@ class ArenaConnector(KVConnectorBase_V1, SupportsHMA):
     def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig) -> None:
         super().__init__(vllm_config=vllm_config, role=role, kv_cache_config=kv_cache_config)
         extra = self._kv_transfer_config.kv_connector_extra_config
-        arena_fd, reports_fd = extra["arena_fd"], extra["reports_fd"]
-        block_size = vllm_config.cache_config.block_size
-        self._arena = None if arena_fd is None else Arena.attach(arena_fd)
+        reports_fd, block_size = extra["reports_fd"], vllm_config.cache_config.block_size
+        self._arena = None if extra["arena_fd"] is None else attach(extra, role)
         self._layers: list[Bytes] = []
         if role == KVConnectorRole.SCHEDULER:
-            self._planner = LoadPlanner(block_size, reports_fd)
+            self._planner = LoadPlanner(block_size, reports_fd, vllm_config.parallel_config.world_size)
             self._publisher = None if self._arena is None else Publisher(self._arena, block_size)
         else:
-            self._hydrator = Hydrator(reports_fd)
+            self._hydrator = Hydrator()
 
     @property
     def requires_kv_delivery(self) -> bool:
@@ -87,8 +89,10 @@ class ArenaConnector(KVConnectorBase_V1, SupportsHMA):
         return Transfers(saves, self._planner.take())
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
-        """Hear which loads failed."""
+        """Hear which loads failed, and what became of all."""
         self._planner.fail(connector_output.failed_recving)
+        if isinstance(connector_output.kv_connector_worker_meta, RankReports):
+            self._planner.hear(connector_output.kv_connector_worker_meta)
 
     def request_finished_all_groups(
         self, request: Request, block_ids: tuple[list[int], ...]
@@ -103,15 +107,17 @@ class ArenaConnector(KVConnectorBase_V1, SupportsHMA):
     # -- worker side ---------------------------------------------------------------------------------------------------
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
-        """Keep a byte view `[blocks, block bytes]` of each layer; the arena learns its slot size."""
+        """Keep a byte view `[blocks, block bytes]` of each layer; the first rank tells the arena its slot size."""
         self._layers = [bytes_by_block(tensor) for tensor in kv_caches.values()]
-        if self._arena is not None:
-            self._arena.format(sum(layer.shape[1] for layer in self._layers))
+        self._shard = Shard.of_this_rank(self._vllm_config, list(kv_caches.values()))
+        if self._arena is not None and self._shard.rank == 0:
+            shape = self._shard.part.shape
+            self._arena.format(shape.slot_bytes, shape.num_pieces)
 
     def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
         """Start this step's loads in the background."""
         for load in self._get_connector_metadata().loads:
-            self._hydrator.start(load, self._layers)
+            self._hydrator.start(load, self._shard.part, self._layers)
 
     def wait_for_layer_load(self, layer_name: str) -> None:
         """Do nothing: a request is scheduled only after its load."""
@@ -122,16 +128,20 @@ class ArenaConnector(KVConnectorBase_V1, SupportsHMA):
         """Do nothing: blocks are copied when all layers are done."""
 
     def wait_for_save(self) -> None:
-        """Copy the blocks that this step completed into their slots."""
-        if self._arena is None:
+        """Copy this rank's part of the blocks that this step completed into their slots."""
+        if self._arena is None or not self._shard.is_writer:
             return
         for save in self._get_connector_metadata().saves:
             for block_id, slot in zip(save.block_ids, save.slots, strict=True):
-                copy_out([layer[block_id] for layer in self._layers], self._arena, slot)
+                self._shard.part.copy_out([layer[block_id] for layer in self._layers], self._arena.slot(slot))
 
     def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
         """Loads that ended since the last step."""
         return self._hydrator.take_results()
+
+    def build_connector_worker_meta(self) -> RankReports | None:
+        """Tell the scheduler side what became of loads."""
+        return self._hydrator.take_reports()
 
     def shutdown(self) -> None:
         """End the hydration thread."""
@@ -139,8 +149,12 @@ class ArenaConnector(KVConnectorBase_V1, SupportsHMA):
             self._hydrator.close()
 
 
-def bytes_by_block(tensor: torch.Tensor) -> Bytes:
-    """View one layer's cache as writable bytes `[blocks, bytes of one block]`."""
-    if not tensor.is_contiguous():
-        raise ValueError(f"KV cache of shape {tuple(tensor.shape)} is not contiguous; blocks can't move as bytes")
-    return tensor.view(tensor.shape[0], -1).view(torch.uint8).numpy()
+def attach(extra: dict[str, Any], role: KVConnectorRole) -> Arena:
+    """Map the worker's arena: forked ranks have inherited its descriptor, others are handed it."""
+    if role == KVConnectorRole.SCHEDULER or "arena_socket" not in extra:
+        return Arena.attach(extra["arena_fd"])
+    fd = handout.take(Path(extra["arena_socket"]))
+    try:
+        return Arena.attach(fd)
+    finally:
+        os.close(fd)

@@ -41,6 +41,10 @@ class VllmEngine(Engine):
     def __init__(self, options: EngineOptions, arena: Arena | None, store: PrefixStore | None = None) -> None:
         if options.model_dir is None:
             raise ConfigError("model_dir: the vllm engine needs the model's directory, got none")
+        if arena is not None and options.parallelism.data > 1:
+            raise ConfigError(
+                f"data_parallel: {options.parallelism.data} replicas can't share a prefill worker's arena"
+            )
         self._options = options
         self._arena = arena
         self._store = store
@@ -60,7 +64,7 @@ class VllmEngine(Engine):
         from inferflux.engine.vllm.llm import TicketLLM  # noqa: PLC0415
 
         plugin.register()
-        plugin.fork_engine(self._options.cpu_cores, self._options.threads)
+        plugin.fork_engine(self._options.cpu_cores, self._options.threads, self._options.parallelism.num_ranks)
         arena_fd = self._arena.fd if self._arena is not None else None
         args = server_arguments(self._options, self._dtype, arena_fd, self._reports.write_fd)
         engine_args = AsyncEngineArgs.from_cli_args(args)
@@ -108,9 +112,8 @@ class VllmEngine(Engine):
         return ModelFingerprint(
             weights_digest=self._options.model_digest,
             dtype=self._dtype,
-            layout=f"vllm-{vllm.__version__}/{_packing(config)}",
+            layout=f"vllm-{vllm.__version__}/{_packing(config)}/layer-head",
             block_size=config.cache_config.block_size,
-            tensor_parallel=config.parallel_config.tensor_parallel_size,
         )
 
     async def check_numerics(self) -> None:
@@ -299,19 +302,18 @@ class Inbox:
 
 
 def _merge(reports: list[Report]) -> KvReport:
-    """The worst result, all bytes, the longest time."""
-    worst = min(reports, key=lambda r: ("recomputed", "committed", "unneeded").index(r.result))
-    num_bytes = sum(r.num_bytes for r in reports)
-    return KvReport(worst.ticket_id, worst.result, worst.reason, num_bytes, max(r.transfer_s for r in reports))
+    report = Report.merge(reports)
+    return KvReport(report.ticket_id, report.result, report.reason, report.num_bytes, report.transfer_s)
 
 
 class StepMeter:
-    """vLLM's statistics, as far as a pulse needs them."""
+    """vLLM's statistics, as far as a pulse needs them; of all replicas together."""
 
     def __init__(self) -> None:
         self.num_blocks = 0
-        self._step = self._num_running = 0
-        self._usage = 0.0
+        self._step = 0
+        self._num_running: dict[int, int] = {}
+        self._usage: dict[int, float] = {}
 
     def logger(self) -> Any:
         """A stat logger factory for AsyncLLM."""
@@ -320,25 +322,27 @@ class StepMeter:
         meter = self
 
         class Logger(StatLoggerBase):
-            def __init__(self, vllm_config: Any, engine_index: int = 0) -> None: ...
+            def __init__(self, vllm_config: Any, engine_index: int = 0) -> None:
+                self._index = engine_index
 
             def record(self, scheduler_stats: Any, *args: Any, **kwargs: Any) -> None:
                 if scheduler_stats is not None:
-                    meter.record(scheduler_stats)
+                    meter.record(self._index, scheduler_stats)
 
             def log_engine_initialized(self) -> None: ...
 
         return Logger
 
-    def record(self, stats: Any) -> None:
-        """Called by vLLM after each engine step."""
+    def record(self, replica: int, stats: Any) -> None:
+        """Called by vLLM after each step of an engine."""
         self._step += 1
-        self._num_running = stats.num_running_reqs
-        self._usage = stats.kv_cache_usage
+        self._num_running[replica] = stats.num_running_reqs
+        self._usage[replica] = stats.kv_cache_usage
 
     def load(self, num_unfinished: int, *, is_alive: bool) -> EngineLoad:
-        """The last step's numbers. `num_unfinished`: requests that the engine owes an answer, seen from outside."""
-        num_running = min(self._num_running, num_unfinished)
+        """The last steps' numbers. `num_unfinished`: requests that the engine owes an answer, seen from outside."""
+        num_running = min(sum(self._num_running.values()), num_unfinished)
         num_waiting = num_unfinished - num_running
-        num_free = round(self.num_blocks * (1 - self._usage))
+        usage = sum(self._usage.values()) / max(len(self._usage), 1)
+        num_free = round(self.num_blocks * (1 - usage))
         return EngineLoad(self._step, num_running, num_waiting, 0, num_free, self.num_blocks, is_alive=is_alive)

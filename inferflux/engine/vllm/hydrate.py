@@ -1,6 +1,7 @@
 """The reading half of the connector: which slots go into which blocks, and the thread that copies them.
 
-Decode reads what a ticket names, prefill the beginning of a prompt that an arena has already.
+Decode reads what a ticket names, prefill the beginning of a prompt that an arena has already. Each rank fills its own
+part of the blocks and says what became of it in the output of the next step.
 
 A block whose digest does not match is never used: the request is reported as failed and vLLM computes its prompt.
 """
@@ -10,14 +11,13 @@ from __future__ import annotations
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults, KVConnectorWorkerMetadata
 
 from inferflux.engine.vllm import transfer
 from inferflux.errors import KvError, KvUnreachable
-from inferflux.kv.blocks import copy_in
 from inferflux.kv.transport import Readers, copy_blocks
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from inferflux.engine.base import KvSource
     from inferflux.kv.arena import Bytes
+    from inferflux.kv.blocks import Part
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,12 +41,25 @@ class Load:
     first: int
 
 
-class LoadPlanner:
-    """Scheduler side: offers each request's source once."""
+@dataclass
+class RankReports(KVConnectorWorkerMetadata):
+    """Loads that ended on some ranks, by request: from the worker side to the scheduler side."""
 
-    def __init__(self, block_size: int, reports_fd: int) -> None:
+    reports: list[tuple[str, transfer.Report]] = field(default_factory=list)
+
+    def aggregate(self, other: KVConnectorWorkerMetadata) -> RankReports:
+        """Add those of another rank."""
+        return RankReports(self.reports + other.reports) if isinstance(other, RankReports) else self
+
+
+class LoadPlanner:
+    """Scheduler side: offers each request's source once, and reports on it when all ranks have loaded it."""
+
+    def __init__(self, block_size: int, reports_fd: int, num_ranks: int) -> None:
         self._block_size = block_size
         self._reports_fd = reports_fd
+        self._num_ranks = num_ranks
+        self._reports: dict[str, list[transfer.Report]] = {}
         self._pending: list[Load] = []
         self._tried: dict[str, int] = {}
 
@@ -81,24 +95,32 @@ class LoadPlanner:
         """Hear whose loads failed: their tokens are computed."""
         self._tried.update(dict.fromkeys(request_ids, transfer.FAILED))
 
+    def hear(self, reports: RankReports) -> None:
+        """Hear what became of loads on single ranks."""
+        for request_id, report in reports.reports:
+            heard = self._reports.setdefault(request_id, [])
+            heard.append(report)
+            if len(heard) == self._num_ranks:
+                transfer.Report.merge(self._reports.pop(request_id)).send(self._reports_fd)
+
     def forget(self, request_id: str) -> int:
         """Forget a request that is over; returns how many tokens its source brought, or FAILED."""
         return self._tried.pop(request_id, 0)
 
 
 class Hydrator:
-    """Worker side: copies slots into blocks on a thread of its own, while the engine steps on."""
+    """Worker side: copies this rank's part of slots into blocks on a thread of its own, while the engine steps on."""
 
-    def __init__(self, reports_fd: int) -> None:
-        self._reports_fd = reports_fd
+    def __init__(self) -> None:
         self._readers = Readers()
         self._lock = threading.Lock()
         self._results = KVConnectorTransferResults()
+        self._reports = RankReports()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="hydrate")
 
-    def start(self, load: Load, layers: list[Bytes]) -> None:
-        """Begin a load. `layers`: byte views `[blocks, block bytes]` of the paged cache."""
-        self._thread.submit(self._run, load, layers)
+    def start(self, load: Load, part: Part, layers: list[Bytes]) -> None:
+        """Begin a load. `layers`: byte views `[blocks, block bytes]` of the paged cache, which has `part` of each."""
+        self._thread.submit(self._run, load, part, layers)
 
     def take_results(self) -> KVConnectorTransferResults:
         """Loads that ended since the last call."""
@@ -106,38 +128,44 @@ class Hydrator:
             results, self._results = self._results, KVConnectorTransferResults()
         return results
 
+    def take_reports(self) -> RankReports | None:
+        """What became of the loads that ended since the last call; None: there were none."""
+        with self._lock:
+            reports, self._reports = self._reports, RankReports()
+        return reports if reports.reports else None
+
     def close(self) -> None:
         """End the thread; loads that have not begun never will."""
         self._thread.shutdown(wait=False, cancel_futures=True)
         self._readers.close()
 
-    def _run(self, load: Load, layers: list[Bytes]) -> None:
-        report = self._copy(load, layers)
+    def _run(self, load: Load, part: Part, layers: list[Bytes]) -> None:
+        report = self._copy(load, part, layers)
         with self._lock:
             self._results.finished_recving.add(load.request_id)
             if report.result != "committed":
                 self._results.failed_recving.add(load.request_id)
-        report.send(self._reports_fd)
+            self._reports.reports.append((load.request_id, report))
 
-    def _copy(self, load: Load, layers: list[Bytes]) -> transfer.Report:
+    def _copy(self, load: Load, part: Part, layers: list[Bytes]) -> transfer.Report:
         start = time.perf_counter()
         try:
-            self._read(load, layers)
+            self._read(load, part, layers)
         except KvError as error:
             if isinstance(error, KvUnreachable):
                 self._readers.drop(load.source.path)
             return transfer.Report(load.source.ticket_id, "recomputed", error.kv_reason)
         except Exception:  # noqa: BLE001 - whatever went wrong, the prompt can be computed here
             return transfer.Report(load.source.ticket_id, "recomputed", "unreachable")
-        num_bytes = len(load.block_ids) * load.source.slot_bytes
+        num_bytes = len(load.block_ids) * part.num_bytes
         return transfer.Report(load.source.ticket_id, "committed", "", num_bytes, time.perf_counter() - start)
 
-    def _read(self, load: Load, layers: list[Bytes]) -> None:
-        source, part = load.source, slice(load.first, load.first + len(load.block_ids))
+    def _read(self, load: Load, part: Part, layers: list[Bytes]) -> None:
+        source, wanted = load.source, slice(load.first, load.first + len(load.block_ids))
         copy_blocks(
             self._readers.get(source.path),
-            source.slots[part],
-            source.generations[part],
-            source.digests[part],
-            lambda i, block: copy_in(block, [layer[load.block_ids[i]] for layer in layers]),
+            source.slots[wanted],
+            source.generations[wanted],
+            source.digests[wanted],
+            lambda i, slot: part.copy_in(slot, [layer[load.block_ids[i]] for layer in layers]),
         )

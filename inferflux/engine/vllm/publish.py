@@ -10,6 +10,7 @@ from vllm.v1.request import RequestStatus
 from inferflux import failpoints
 from inferflux.engine.vllm import transfer
 from inferflux.errors import ArenaFull
+from inferflux.kv import blocks
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -69,13 +70,15 @@ class Publisher:
         return [save for save in saves if save is not None]
 
     def finish(self, request: Request) -> tuple[int, ...] | None:
-        """Hand the slots of a finished request over, or free those it filled. Copies are done by now."""
+        """Hand the slots of a finished request over, or free those it filled. All ranks have copied by now."""
         publication = self._publications.pop(request.request_id, None)
         if publication is None:
             return None
         if request.status == RequestStatus.FINISHED_ABORTED or not publication.is_complete:
             self._arena.free(publication.new_slots)
             return None
+        for slot in publication.new_slots:
+            self._arena.set_digest(slot, blocks.slot_digest(self._arena.slot(slot), self._arena.num_pieces))
         self._arena.publish(publication.new_slots)
         if failpoints.ON:
             failpoints.hit("ticket.published")
@@ -88,6 +91,8 @@ class Publisher:
             new = self._arena.allocate(-(-num_prompt_tokens // self._block_size) - len(shared))
         except ArenaFull:
             return  # the answer carries no ticket; decode computes the prompt
+        for slot in new:
+            blocks.clear(self._arena.slot(slot), self._arena.num_pieces)
         if failpoints.ON:
             failpoints.hit("arena.allocated")
         self._publications[request_id] = Publication(shared + new, num_prompt_tokens, len(shared), len(shared))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -72,6 +73,13 @@ class Report:
 
     def send(self, fd: int) -> None:
         os.write(fd, json.dumps(asdict(self)).encode() + b"\n")
+
+    @classmethod
+    def merge(cls, reports: Sequence[Report]) -> Report:
+        """Sum up what became of one source in several loads: the worst result, all bytes, the longest time."""
+        worst = min(reports, key=lambda r: ("recomputed", "committed", "unneeded").index(r.result))
+        num_bytes, transfer_s = sum(r.num_bytes for r in reports), max(r.transfer_s for r in reports)
+        return replace(worst, num_bytes=num_bytes, transfer_s=transfer_s)
 
     @classmethod
     def parse(cls, line: bytes) -> Report:

@@ -29,6 +29,7 @@ from services.gateway.policy_api import PolicyApi
 from services.gateway.policy_documents import PolicyRevision, PolicyState
 from services.gateway.policy_views import PolicyViews
 from services.gateway.pool import Pool, Terms
+from services.gateway.reservations import Reservations
 from services.gateway.routing import LocalPrefill
 from services.gateway.views import Model
 
@@ -95,6 +96,7 @@ def app() -> Doorway:
         auth=Authenticator(PEPPER, lambda: ring),
         pool=Pool(caller=None, tasks=None, terms=Terms(1, 1, 1, LocalPrefill())),
         policies=lambda: Policies(ring.revision, ring),
+        reservations=Reservations(shares=None),
         limits=BodyLimits(),
         timeout_s=5,
         access_log=None,

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from inferflux import errors
-from inferflux.errors import InferfluxError
+from inferflux.errors import InferfluxError, LimitExceeded
 from services.gateway import failures
 from services.gateway.endpoints import Dialect
 
@@ -78,10 +78,10 @@ def test_every_error_has_a_body_in_every_dialect(kind, dialect):
 
 @pytest.mark.parametrize("kind", ERRORS)
 def test_who_may_come_back_is_told_when(kind):
-    """A retryable error has retry-after in whole seconds; others have none."""
+    """A retryable error has retry-after in whole seconds, and so has each limit: it ends some time."""
     headers = dict(failures.headers(kind("no")))
 
-    assert (b"retry-after" in headers) == kind.is_retryable
+    assert (b"retry-after" in headers) == (kind.is_retryable or issubclass(kind, LimitExceeded))
     assert headers.get(b"retry-after", b"1").isdigit()
 
 

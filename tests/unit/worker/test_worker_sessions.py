@@ -34,6 +34,7 @@ from inferflux.types import (
 from inferflux.worker.answering import Answerer, DecodeRequest
 from inferflux.worker.drain import Drain
 from inferflux.worker.main import watch
+from inferflux.worker.meter import Meter
 from inferflux.worker.progress import Progress
 from inferflux.worker.sessions import MAX_BATCH_BYTES, MAX_FRAME_BYTES, Batch, Session, Sessions
 from inferflux.worker.settings import WorkerSettings
@@ -64,6 +65,7 @@ async def a_worker(**settings: Any) -> AsyncIterator[Worker]:
             "host",
             b"k" * 32,
             Progress(SystemClock(), own.wedge_s),
+            Meter(SystemClock()),
         )
     finally:
         await engine.close()

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from inferflux.config import load
+from inferflux.engine.options import Parallelism
 from inferflux.errors import ConfigError
 from inferflux.types import Role
 from inferflux.worker.settings import WorkerSettings
@@ -40,6 +41,23 @@ def test_the_engine_gets_its_share() -> None:
     assert (options.cpu_cores, options.model_digest) == ((core,), "d")
 
 
+def test_the_engine_is_told_how_it_is_spread() -> None:
+    spread = settings(tensor_parallel="2", pipeline_parallel="3", data_parallel="4", expert_parallel="true")
+
+    assert settings().parallelism == Parallelism(1, 1, 1, expert=False, executor="auto")
+    assert spread.engine_options(Role.DECODE).parallelism == Parallelism(2, 3, 4, expert=True)
+    assert spread.parallelism.num_ranks == 6
+
+
+def test_ray_is_used_only_where_it_asks_who_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    with pytest.raises(ConfigError, match="set RAY_AUTH_MODE=token"):
+        settings(executor="ray")
+
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    assert settings(executor="ray", ray_address="head:6379").parallelism.ray_address == "head:6379"
+
+
 @pytest.mark.parametrize(
     ("more", "complaint"),
     [
@@ -47,6 +65,8 @@ def test_the_engine_gets_its_share() -> None:
         ({"engine": "llama"}, "must be one of vllm, sim"),
         ({"cpu_cores": "1,x"}, "'x' is neither a core nor a range"),
         ({"cpu_cores": "0-99999"}, "no cores"),
+        ({"tensor_parallel": "0"}, "INFERFLUX_TENSOR_PARALLEL: 0 is not at least 1"),
+        ({"tensor_parallel": "2", "executor": "uniproc"}, "uniproc has one rank, 2 are wanted"),
     ],
 )
 def test_bad_settings_are_named(more: dict[str, str], complaint: str) -> None:

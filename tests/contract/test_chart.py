@@ -1,0 +1,159 @@
+"""The Helm chart, rendered: what it promises can be read off its objects, and what it can't do it refuses by name."""
+
+from __future__ import annotations
+
+import base64
+import copy
+import json
+import subprocess
+from typing import Any
+
+import pytest
+
+from inferflux import pki
+from inferflux.config import env_name
+from inferflux.policy.signature import KEY_FILE, PUBLIC_FILE, public_key
+from inferflux.rpc.mtls import ROLES
+from inferflux.worker.settings import WorkerSettings
+from services.gateway.settings import Settings as GatewaySettings
+from services.policy.__main__ import Settings as PolicySettings
+from services.registry.__main__ import Settings as RegistrySettings
+from tests.support.chart import CHART, OVERLAYS, SIM, of_kind, pods, rendered
+from tests.support.fake_kube import pod_security, schema, semantics
+from tests.support.kube_tools import tool
+from tests.support.network_policy import allows, allows_outside
+
+SETTINGS = {
+    "gateway": GatewaySettings,
+    "policy": PolicySettings,
+    "registry": RegistrySettings,
+    "prefill": WorkerSettings,
+    "decode": WorkerSettings,
+}
+GRPC, OPS, HTTP, REDIS = 50051, 9090, 8080, 6379
+WIRES = {
+    ("gateway", "policy", GRPC),
+    ("gateway", "registry", GRPC),
+    ("gateway", "prefill", GRPC),
+    ("gateway", "decode", GRPC),
+    ("prefill", "registry", GRPC),
+    ("decode", "registry", GRPC),
+    ("decode", "prefill", GRPC),
+    ("policy", "redis", REDIS),
+    ("registry", "redis", REDIS),
+    ("test", "gateway", HTTP),
+}
+
+
+def component(value: dict[str, Any]) -> str:
+    return str(value["metadata"]["labels"]["app.kubernetes.io/component"])
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_each_overlay_renders_to_objects_that_kubernetes_takes(overlay: str) -> None:
+    """By the published schema, strictly, and by what an API server checks beyond it."""
+    for value in rendered(overlay):
+        schema.check(copy.deepcopy(value), is_strict=True)
+        semantics.check(copy.deepcopy(value), None)
+
+
+def test_lint_is_strict_and_silent() -> None:
+    """Helm finds nothing to warn of."""
+    command = [str(tool("helm")), "lint", "--strict", "--quiet", str(CHART), "--values", str(CHART / SIM)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("overlay", ["laptop", "gpu", "ha"])
+def test_pods_meet_the_restricted_standard(overlay: str) -> None:
+    """All of them, with a read-only root and without a token of the API."""
+    for name, pod in pods(overlay).items():
+        hostless = copy.deepcopy(pod["spec"])
+        assert list(pod_security.violations(hostless, "restricted")) == [], name
+        assert pod["spec"]["automountServiceAccountToken"] is False
+        assert all(c["securityContext"]["readOnlyRootFilesystem"] for c in pod["spec"]["containers"]), name
+
+
+def test_rdma_is_the_only_exception() -> None:
+    """It takes IPC_LOCK for workers, and nothing else."""
+    for name, pod in pods("rdma").items():
+        violations = list(pod_security.violations(pod["spec"], "restricted"))
+        role = component(pod)
+        assert violations == ([f"unrestricted capabilities in container '{role}'"] * (role in {"prefill", "decode"})), (
+            name
+        )
+
+
+@pytest.mark.parametrize("overlay", ["laptop", "gpu"])
+def test_nobody_may_connect_but_who_must(overlay: str) -> None:
+    """The wires of the cluster are allowed, all others denied; workers reach nothing outside."""
+    policies = of_kind(overlay, "NetworkPolicy")
+    labels = {component(pod): pod["metadata"]["labels"] for pod in pods(overlay).values()}
+    workers = {"prefill", "decode"}
+    for source, own in labels.items():
+        for target, other in labels.items():
+            for port in (GRPC, HTTP, REDIS):
+                is_nixl = overlay == "gpu" and {source, target} == workers
+                # Clients come from anywhere, so from our pods too, if their own egress lets them.
+                expected = (source, target, port) in WIRES or is_nixl
+                assert allows(policies, own, other, port) == expected, (source, target, port)
+            assert not allows(policies, own, other, OPS) or {source, target} == workers
+        for port in (443, GRPC, REDIS):
+            assert not allows_outside(policies, own, port), (source, port)
+
+
+def test_settings_are_those_that_processes_read() -> None:
+    """No variable is misspelt: each is a field of the process's settings, or read elsewhere by name."""
+    for overlay in OVERLAYS:
+        for pod in pods(overlay).values():
+            fields = SETTINGS.get(component(pod))
+            for variable in pod["spec"]["containers"][0].get("env", ()) if fields else ():
+                name = variable["name"].removesuffix("_FILE")
+                if name.startswith("INFERFLUX_"):
+                    assert name in {env_name(field) for field in fields.__dataclass_fields__}, name
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_each_process_gets_its_own_keys_and_no_others(overlay: str) -> None:
+    """A role's certificate alone, and of the shared keys those that it uses; the CA's key goes to nobody."""
+    wanted = {
+        "gateway": {"pepper.key", "tenant.key", "snapshot.pub", "ops.token"},
+        "policy": {"pepper.key", "snapshot.key", "ops.token", "redis.url", "api-keys"},
+        "registry": {"ops.token", "redis.url"},
+        "prefill": {"ticket.key", "ops.token"},
+        "decode": {"ticket.key", "ops.token"},
+    }
+    for pod in pods(overlay).values():
+        role = component(pod)
+        volumes = {volume["name"]: volume for volume in pod["spec"]["volumes"]}
+        assert "-ca" not in json.dumps(volumes.get("pki", {}))
+        if role in wanted:
+            sources = volumes["secrets"]["projected"]["sources"]
+            assert {item["path"] for s in sources for item in s["secret"]["items"]} == wanted[role]
+            assert {item["path"] for item in volumes["pki"]["secret"]["items"]} == {
+                "ca.crt",
+                f"{role}.crt",
+                f"{role}.key",
+            }
+
+
+def test_the_chart_makes_all_keys_and_certificates() -> None:
+    """Those of a cluster on one machine, and the token of the operations port."""
+    secrets = {s["metadata"]["name"]: s for s in of_kind("laptop", "Secret")}
+
+    keys = {name: base64.b64decode(text) for name, text in secrets["t-inferflux-keys"]["data"].items()}
+    assert keys.keys() == {*pki.SECRETS, PUBLIC_FILE, "ops.token"}
+    assert {len(keys[name]) for name in pki.SECRETS} == {pki.SECRET_BYTES}
+    assert keys[PUBLIC_FILE] == public_key(keys[KEY_FILE])
+    assert {name.removeprefix("t-inferflux-tls-") for name in secrets if "-tls-" in name} == set(ROLES)
+
+
+def test_grace_covers_the_drain() -> None:
+    """No pod is killed before its drain may be over; a gateway's pause comes on top."""
+    for name, pod in pods("gpu").items():
+        if component(pod) in {"prefill", "decode", "gateway"}:
+            env = {v["name"]: v.get("value") for v in pod["spec"]["containers"][0]["env"]}
+            budget_s = float(env.get("INFERFLUX_DRAIN_BUDGET_S") or env["INFERFLUX_DRAIN_TIMEOUT_S"])
+            hook = pod["spec"]["containers"][0].get("lifecycle", {}).get("preStop", {}).get("sleep", {"seconds": 0})
+            assert pod["spec"]["terminationGracePeriodSeconds"] >= budget_s + hook["seconds"] + 10, name

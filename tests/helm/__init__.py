@@ -1,0 +1,1 @@
+"""The chart on a cluster: everything an operator does with it, under load."""
