@@ -111,22 +111,23 @@ async def serve(settings: Settings, sock: socket.socket, lifecycle: Lifecycle) -
         policy_api, audit_api = PolicyApi(documents, policy.reached), AuditApi(trail)
         usage = UsageApi(limits_client, lambda: policy.value.live.limits if policy.value is not None else None)
         views, pools = PolicyViews(documents, policy.reached), PoolsApi(registry_channel)
-        cache, guardrails = (
-            CacheApi(inference.auth, pool, partial(cache_salt, tenant_key)),
-            GuardrailsApi(lambda: policy.value, referees),
-        )
+        cache = CacheApi(inference.auth, pool, partial(cache_salt, tenant_key))
+        guardrails = GuardrailsApi(lambda: policy.value, referees)
         apis = (admin, cache, policy_api, views, audit_api, usage, pools, guardrails)
         app = create_app(idempotency, apis, pool.models, lifecycle)
         _log.debug("routes", extra={"routes": app.routes()})
         lifecycle.add_readiness("policy", lambda: None if policy.value is not None else "not heard yet")
         lifecycle.add_readiness("workers", pool.objection)
-        tasks.spawn(policy.follow(policy_client.watch), "policy")
-        tasks.spawn(PolicyReporter(policy, trial, documents.report, SystemClock()).run(), "policy report")
-        tasks.spawn(auditor.run(), "audit")
-        tasks.spawn(registry.follow(registry_client.watch), "registry")
-        tasks.spawn(pool.watch_hearts(), "hearts")
-        tasks.spawn(pool.matrix.scout(), "paths")
-        tasks.spawn(shares.run(), "limits")
+        for work, name in (
+            (policy.follow(policy_client.watch), "policy"),
+            (PolicyReporter(policy, trial, documents.report, SystemClock()).run(), "policy report"),
+            (auditor.run(), "audit"),
+            (registry.follow(registry_client.watch), "registry"),
+            (pool.watch_hearts(), "hearts"),
+            (pool.matrix.scout(), "paths"),
+            (shares.run(), "limits"),
+        ):
+            tasks.spawn(work, name)
         await _get_to_know(policy, registry, pool)
         server = HttpServer(app, settings)
         serving = tasks.spawn(server.serve(sockets=[sock]), "http", may_return=True)
