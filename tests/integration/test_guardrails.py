@@ -23,6 +23,7 @@ from tests.support.fake_cluster import (
     Job,
     Script,
     end,
+    failed,
     fake_cluster,
     running_gateway,
     until,
@@ -370,3 +371,60 @@ async def test_a_stream_that_can_not_be_judged_ends_with_an_error():
         assert said(response.text) == ""
         assert '"code":"guardrail_unavailable"' in response.text
         assert "[DONE]" not in response.text
+
+
+def going_on(events: Sequence[bytes], num_before_loss: int | None = None) -> Script:
+    """Write what the client has not, as a worker does that gets a request from another one; fail once if told to."""
+
+    async def script(job: Job) -> None:
+        begin = job.start.num_events
+        fails = num_before_loss is not None and begin == 0
+        job.emit(head=SSE_HEAD)
+        for event in events[begin : num_before_loss if fails else -1]:
+            job.emit(data=event)
+            await asyncio.sleep(0.001)
+        if fails:
+            job.emit(end=failed("ENGINE_FAILED", 500, is_retryable=True))
+        else:
+            job.emit(data=events[-1], end=end())
+
+    return script
+
+
+SPLIT_CARD = ["Well: ", "4111 ", "1111 ", "1111 ", "1111", ". That ", "is it", "."]
+
+
+@pytest.mark.parametrize("num_events", range(1, 9))
+async def test_a_guarded_stream_outlives_its_worker(num_events: int):
+    """What was held back when the worker was lost is neither lost nor said twice, and is redacted all the same."""
+    events = chat_events(SPLIT_CARD)
+    async with fake_cluster() as cluster:
+        enact(cluster, CARDS)
+        for number in range(2):
+            (await cluster.add_decode(f"decode-{number}")).script = going_on(events, num_events)
+        async with running_gateway(cluster, sse_event_ids=True) as gateway:
+            await gateway.ready()
+            response = await post(gateway, CHAT, stream=True)
+
+            assert said(response.text) == "Well: [CREDIT_CARD]. That is it."
+            assert [int(line[4:]) for line in response.text.splitlines() if line.startswith("id: ")] == list(range(11))
+            assert await gateway.metric("inferflux_failover_total") >= 1
+
+
+async def test_who_comes_back_gets_the_rest_as_it_would_have_been():
+    """From any event, also from within what is redacted; a blocked stream is blocked again."""
+    async with guarded(CARDS, SECRETS, sse_event_ids=True) as (decode, gateway):
+        decode.script = going_on(chat_events(SPLIT_CARD))
+        whole = await post(gateway, CHAT, stream=True)
+        events = whole.text.split("\n\n")
+        url = f"/v1/streams/{whole.headers['x-request-id']}"
+        for last in range(len(events) - 2):
+            rest = await gateway.http.get(url, headers={"last-event-id": str(last)})
+            assert rest.text == "\n\n".join(events[last + 1 :])
+
+        decode.script = going_on(chat_events(["Here is ", "the secret", " plan", "."]))
+        whole = await post(gateway, CHAT, stream=True)
+        url = f"/v1/streams/{whole.headers['x-request-id']}"
+        rest = await gateway.http.get(url, headers={"last-event-id": "0"})
+        assert rest.text == whole.text.split("\n\n", 1)[1]
+        assert rest.text.endswith('"finish_reason":"content_filter"}]}\n\ndata: [DONE]\n\n')
