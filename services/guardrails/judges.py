@@ -12,8 +12,8 @@ from typing import Any, NamedTuple, Protocol
 
 from services.guardrails.examples import INJECTIONS
 
-WINDOW_CHARS = 300
-"""Of a text that is judged at a time, at most."""
+SENTENCE_CHARS = 300
+"""Judged at a time, at most."""
 
 
 class Found(NamedTuple):
@@ -97,7 +97,7 @@ class Profanity:
         self._predict: Any = profanity_check.predict_prob
 
     def judge(self, question: Question) -> Iterator[Found]:
-        places = [(number, *place) for number, text in enumerate(question.texts) for place in windows(text)]
+        places = [(number, *place) for number, text in enumerate(question.texts) for place in sentences(text)]
         if not places:
             return
         scores = self._predict([question.texts[number][start:end] for number, start, end in places])
@@ -111,19 +111,7 @@ _SENTENCE = re.compile(r"[^.!?\n]+[.!?\n]*\s*|[.!?\n]+\s*")
 
 
 def sentences(text: str) -> Iterator[tuple[int, int]]:
-    """Yield the places of sentences, long ones in pieces. Two together mean neither of what they mean alone."""
+    """Yield the places of sentences, long ones in pieces. Two together are less of what one is alone."""
     for sentence in _SENTENCE.finditer(text):
-        for start in range(sentence.start(), sentence.end(), WINDOW_CHARS):
-            yield start, min(start + WINDOW_CHARS, sentence.end())
-
-
-def windows(text: str) -> Iterator[tuple[int, int]]:
-    """Yield the places of neighbouring sentences, together as long as they fit."""
-    start = end = 0
-    for begin, stop in sentences(text):
-        if stop - start > WINDOW_CHARS and end > start:
-            yield start, end
-            start = begin
-        end = stop
-    if end > start:
-        yield start, end
+        for start in range(sentence.start(), sentence.end(), SENTENCE_CHARS):
+            yield start, min(start + SENTENCE_CHARS, sentence.end())

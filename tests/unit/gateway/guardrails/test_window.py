@@ -68,21 +68,21 @@ def cut(text: str, places: list[int]) -> list[str]:
 
 
 @pytest.mark.parametrize("rules", [EVERYTHING, BLOCKING], ids=["redacting", "blocking"])
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(text=TEXTS, places=st.lists(st.integers(0, 10_000), max_size=12))
 def test_any_chunking_has_the_outcome_of_the_whole(rules: Screen, text: str, places: list[int]):
     """However a text is cut, it becomes the same."""
     assert read(rules, cut(text, places)) == read(rules, [text])
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(text=TEXTS)
 def test_character_by_character(text: str):
     """One character at a time is a chunking too."""
     assert read(EVERYTHING, list(text)) == read(EVERYTHING, [text])
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(text=TEXTS, places=st.lists(st.integers(0, 10_000), max_size=12))
 def test_what_was_cleared_is_never_judged_otherwise(text: str, places: list[int]):
     """What may have gone to the client stays right, whatever comes after it."""
