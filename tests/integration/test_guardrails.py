@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+import threading
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import count
 from typing import Any
 
 import httpx
 import pytest
+import regopy
 
 from inferflux.v1 import policy_service_pb2 as policy_pb
 from tests.support.fake_cluster import (
@@ -428,3 +431,57 @@ async def test_who_comes_back_gets_the_rest_as_it_would_have_been():
         rest = await gateway.http.get(url, headers={"last-event-id": "0"})
         assert rest.text == whole.text.split("\n\n", 1)[1]
         assert rest.text.endswith('"finish_reason":"content_filter"}]}\n\ndata: [DONE]\n\n')
+
+
+class DataApi(BaseHTTPRequestHandler):
+    """OPA's data API for one document, decided by a second Rego engine."""
+
+    asked: list[dict[str, Any]]
+
+    def do_POST(self) -> None:
+        document = json.loads(self.rfile.read(int(self.headers["content-length"])))["input"]
+        self.asked.append(document)
+        interpreter = regopy.Interpreter()
+        interpreter.add_module("policy", REGO)
+        interpreter.set_input(document)
+        deny = json.loads(str(interpreter.query("data.inferflux.guardrails.deny")))["expressions"][0]
+        body = json.dumps({"result": {"deny": deny}} if self.path == "/v1/data/inferflux/guardrails" else {}).encode()
+        self.send_response(200)
+        self.send_header("content-length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing."""
+
+
+@contextmanager
+def opa_server() -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    asked: list[dict[str, Any]] = []
+    with ThreadingHTTPServer(("127.0.0.1", 0), type("Api", (DataApi,), {"asked": asked})) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}", asked
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+async def test_an_opa_server_decides_as_the_embedded_engine_does():
+    """It is asked over HTTP for the same decision, and sees no text either."""
+    rule = {"name": "code", "kind": "opa", "path": "inferflux/guardrails", "action": "block", "deadline_ms": 5000}
+    with opa_server() as (url, asked):
+        async with guarded(CARDS | {"name": "numbers"}, rule, opa_url=url) as (decode, gateway):
+            decode.script = answering({"text": "fine"})
+
+            assert (await post(gateway, CHAT, f"my {CARD}", temperature=1)).status_code == 200
+            refused = await post(gateway, CHAT, temperature=2)
+            assert refused.json()["error"]["param"] == "code"
+
+    assert asked[0]["verdicts"] == [
+        {"rule": "numbers", "tier": 1, "side": "input", "action": "redact", "label": "CREDIT_CARD"}
+    ]
+    assert {document["side"] for document in asked} == {"input", "output"}
+    assert "1111" not in json.dumps(asked)
+    assert "fine" not in json.dumps(asked)
