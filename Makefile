@@ -15,8 +15,8 @@ PYTEST := $(BIN)/pytest
 say = @printf '\n\033[1m==> %s\033[0m\n' "$(1)"
 
 .PHONY: help setup quickstart test test-unit test-contract test-integration test-e2e test-tools \
-        test-chaos test-helm test-ray test-simulation test-security test-mutants lint type protos protos-check \
-        bench clean
+        test-guardrails test-chaos test-helm test-ray test-simulation test-security test-mutants lint type protos \
+        protos-check bench clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  \033[1m%-17s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -70,6 +70,10 @@ test-integration: test-tools ## All services as real processes, with the sim eng
 test-e2e: setup ## Real vLLM, real model, real clients
 	$(call say,end-to-end tests)
 	$(PYTEST) tests/e2e $(ARGS)
+
+test-guardrails: setup ## The language models of guardrail workers (a minute to load)
+	$(call say,guardrail models)
+	$(PYTEST) tests/guardrails $(ARGS)
 
 test-helm: test-tools ## The chart on a cluster of processes (needs root), or on the one of KUBECONFIG (under 10 minutes)
 	$(call say,chart)

@@ -8,6 +8,7 @@
     |   +-- CapabilityNotSupported 422
     |   +-- RequestExceedsLimit   400
     |   +-- PolicyInvalid         400
+    |   +-- ContentPolicyViolation 400
     |   +-- RequestTimeout        408
     |       +-- SlowConsumer      408
     +-- Unauthenticated           401 UNAUTHENTICATED
@@ -18,6 +19,7 @@
     |   +-- NoWorker              503                      retryable
     |   +-- WorkerLost            503                      retryable
     |   +-- Draining              503                      retryable
+    |   +-- GuardrailUnavailable  503                      retryable
     |   +-- KvTransportDegraded   503                      retryable
     |   +-- AuditUnavailable      503                      retryable
     |   +-- LimitsUnavailable     503                      retryable
@@ -91,6 +93,12 @@ class PolicyInvalid(InvalidRequest):
     reason = "POLICY_INVALID"
 
 
+class ContentPolicyViolation(InvalidRequest):
+    """What was said is against a rule; the message names the rule, never the text."""
+
+    reason = "CONTENT_POLICY_VIOLATION"
+
+
 class RequestExceedsLimit(InvalidRequest):
     """The request is larger than a whole limit: it could never be let through."""
 
@@ -135,6 +143,12 @@ class WorkerLost(Unavailable):
 
 class Draining(Unavailable):
     reason = "DRAINING"
+
+
+class GuardrailUnavailable(Unavailable):
+    """A rule that must be asked could not be asked in time."""
+
+    reason = "GUARDRAIL_UNAVAILABLE"
 
 
 class KvTransportDegraded(Unavailable):

@@ -6,9 +6,9 @@ cd "$(dirname "$0")/.."
 
 PYTHON=${PYTHON:-python3}
 VENV=${VENV:-.venv}
-EXTRAS=gateway,cpu,local,nixl,ray,signing,s3,k8s,dev
+EXTRAS=gateway,cpu,local,nixl,ray,signing,s3,k8s,guardrails,dev
 LOG=$VENV/setup.log
-# The finished environment takes 2.9 GiB; pip unpacks beside it.
+# The finished environment takes 3.3 GiB; pip unpacks beside it.
 NEED_DISK_GIB=6
 # One worker of the default model takes about 1.2 GiB; a cluster has two, and tests start a third engine.
 WANT_MEMORY_GIB=5
@@ -86,7 +86,7 @@ if [[ ! -x $VENV/bin/python ]]; then
     say "making $VENV with $("$PYTHON" --version)"
     "$PYTHON" -m venv "$VENV"
 fi
-say "installing inferflux[$EXTRAS] (2.9 GiB; some minutes)"
+say "installing inferflux[$EXTRAS] (3.3 GiB; some minutes)"
 pip_install --editable ".[$EXTRAS]"
 drop_unusable
 say "checking"

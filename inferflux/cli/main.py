@@ -11,6 +11,7 @@ import typer
 
 from inferflux.cli.audit_commands import app as audit_app
 from inferflux.cli.failure import CliError, Exit
+from inferflux.cli.guardrails_commands import app as guardrails_app
 from inferflux.cli.models_commands import app as models_app
 from inferflux.cli.models_commands import pull
 from inferflux.cli.output import Format, note
@@ -40,8 +41,9 @@ app.add_typer(policy_app, name="policy")
 app.add_typer(audit_app, name="audit")
 app.add_typer(pools_app, name="pools")
 admin_app.add_typer(keys_app, name="api-keys")
-for view, title in (("guardrails", "Guardrails"), ("rate_limit", "Rate limits"), ("budgets", "Budgets")):
+for view, title in (("rate_limit", "Rate limits"), ("budgets", "Budgets")):
     admin_app.add_typer(view_app(view, title), name=view.replace("_", "-"))
+admin_app.add_typer(guardrails_app, name="guardrails")
 
 
 class EngineName(StrEnum):

@@ -438,3 +438,25 @@ CONNECTIONS = Gauge(
     "Open client connections.",
     registry=REGISTRY,
 )
+
+# --- guardrails ------------------------------------------------------------------------------------------------------
+
+GUARDRAIL_SECONDS = Histogram(
+    "inferflux_guardrail_seconds",
+    "Time that the verdicts of a tier took for one text of a request, in seconds, by tier (1, 2, 3) and side.",
+    ("tier", "side"),
+    buckets=(0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0),
+    registry=REGISTRY,
+)
+GUARDRAIL_VERDICTS = Counter(
+    "inferflux_guardrail_verdicts",
+    "Rules that matched, each once a request and side, by rule, action and side.",
+    ("rule", "action", "side"),
+    registry=REGISTRY,
+)
+GUARDRAIL_FAILURES = Counter(
+    "inferflux_guardrail_failures",
+    "Rules that gave no verdict in time, by rule and what the policy says then (allow, block).",
+    ("rule", "then"),
+    registry=REGISTRY,
+)

@@ -31,6 +31,8 @@ from services.gateway.control import PolicyClient, RegistryClient
 from services.gateway.fetch import fetch_object
 from services.gateway.fleet import Fleet
 from services.gateway.fleet_api import FleetApi
+from services.gateway.guardrails.referees import Referees
+from services.gateway.guardrails_api import GuardrailsApi
 from services.gateway.idempotency import Idempotency, Records
 from services.gateway.inference import Inference
 from services.gateway.jwks import KeySources
@@ -66,6 +68,7 @@ async def serve(settings: Settings, sock: socket.socket, lifecycle: Lifecycle) -
     async with (
         open_channel(settings.policy_address, identity, "policy") as policy_channel,
         open_channel(settings.registry_address, identity, "registry") as registry_channel,
+        Referees(identity, settings.guardrails_address, settings.opa_url) as referees,
         Tasks() as tasks,
     ):
         policy_client = PolicyClient(policy_channel, settings.instance_id, tenant_key, verifier)
@@ -100,23 +103,28 @@ async def serve(settings: Settings, sock: socket.socket, lifecycle: Lifecycle) -
             trial=trial,
             audit=Audit(auditor, hmac.digest(pepper, b"\1audit", "sha256")),
             access_log=LineLog("gateway", settings.instance_id, "request", __name__) if settings.access_log else None,
+            referees=referees,
         )
         idempotency = Idempotency(inference, Records(SystemClock(), settings.record_limits), tasks)
         admin = AdminApi(policy_client, policy.reached, FleetApi(Fleet(pool.workers)), pool.matrix)
         documents_apis = PolicyApi(documents, policy.reached), PolicyViews(documents, policy.reached), AuditApi(trail)
         cache = CacheApi(inference.auth, pool, partial(cache_salt, tenant_key))
         usage = UsageApi(limits_client, lambda: limits_of(policy.value))
-        apis = (admin, cache, *documents_apis, usage, PoolsApi(registry_channel))
+        guardrails = GuardrailsApi(lambda: policy.value, referees)
+        apis = (admin, cache, *documents_apis, usage, PoolsApi(registry_channel), guardrails)
         app = create_app(idempotency, apis, pool.models, lifecycle)
         lifecycle.add_readiness("policy", lambda: None if policy.value is not None else "not heard yet")
         lifecycle.add_readiness("workers", pool.objection)
-        tasks.spawn(policy.follow(policy_client.watch), "policy")
-        tasks.spawn(PolicyReporter(policy, trial, documents.report, SystemClock()).run(), "policy report")
-        tasks.spawn(auditor.run(), "audit")
-        tasks.spawn(registry.follow(registry_client.watch), "registry")
-        tasks.spawn(pool.watch_hearts(), "hearts")
-        tasks.spawn(pool.matrix.scout(), "paths")
-        tasks.spawn(shares.run(), "limits")
+        for work, name in (
+            (policy.follow(policy_client.watch), "policy"),
+            (PolicyReporter(policy, trial, documents.report, SystemClock()).run(), "policy report"),
+            (auditor.run(), "audit"),
+            (registry.follow(registry_client.watch), "registry"),
+            (pool.watch_hearts(), "hearts"),
+            (pool.matrix.scout(), "paths"),
+            (shares.run(), "limits"),
+        ):
+            tasks.spawn(work, name)
         await _get_to_know(policy, registry, pool)
         server = HttpServer(app, settings)
         serving = tasks.spawn(server.serve(sockets=[sock]), "http", may_return=True)

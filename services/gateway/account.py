@@ -102,6 +102,8 @@ class Account:
                 "prompt_tokens": call.usage.prompt_tokens,
                 "completion_tokens": call.usage.completion_tokens,
             }
+            if call.guard is not None and (rules := call.guard.verdicts.names()):
+                line["guardrails"] = rules
             if self._reply.first_at:
                 line["first_byte_s"] = round(self._reply.first_at - call.received_at, 4)
         return line

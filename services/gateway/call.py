@@ -13,6 +13,7 @@ from inferflux.types import Usage
 from inferflux.v1 import types_pb2
 from services.gateway.auth import Principal
 from services.gateway.endpoints import Endpoint, Kind
+from services.gateway.guardrails.guard import Guard
 from services.gateway.losses import Losses
 from services.gateway.policy import Policy
 
@@ -32,7 +33,7 @@ class Call:
     """One request. Instants are in the loop's time; `created_s` is Unix time.
 
     The fields from `phase` on change as it proceeds. `journal`: what it has of its response. `is_recalled`: some of
-    that has been sent through another connection.
+    that has been sent through another connection. `guard`: what looks at what is said, if anything does.
     """
 
     request_id: str
@@ -53,6 +54,7 @@ class Call:
     usage: Usage = field(default_factory=Usage)
     journal: Journal = field(default_factory=Journal)
     losses: Losses = field(default_factory=Losses)
+    guard: Guard | None = None
 
     @property
     def needs_prefill(self) -> bool:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from inferflux.policy.identity import Scope
+from services.gateway.guardrails.events import CHOICES, MESSAGE, RESPONSE, Shape
 
 __all__ = ["ENDPOINTS", "Dialect", "Endpoint", "Kind", "Scope"]
 
@@ -28,40 +29,59 @@ class Dialect(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class Texts:
+    """How guardrails find the text of a path. All strings are text; this is what else they have to know.
+
+    `ids`: fields of the request that may hold a prompt as tokens. `stream`: the shape of its event streams; None: it
+    has none.
+    """
+
+    ids: tuple[str, ...] = ()
+    stream: Shape | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Endpoint:
     """One inference path. All of them take POST with a JSON object."""
 
     path: str
     kind: Kind
+    texts: Texts
     dialect: Dialect = Dialect.OPENAI
     scope: Scope = Scope.GENERATE
 
 
-_GENERATE = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
-_UTILITY = (
-    "/tokenize",
-    "/detokenize",
-    "/v1/chat/completions/render",
-    "/v1/completions/render",
-    "/v1/responses/render",
-    "/v1/embeddings",
-    "/v2/embed",
-    "/v1/score",
-    "/score",
-    "/v1/rerank",
-    "/v2/rerank",
-    "/rerank",
-    "/classify",
-    "/pooling",
-)
+_PROMPTS = ("prompt", "prompt_embeds", "input", "tokens")
+_GENERATE = {
+    "/v1/chat/completions": Texts(("prompt_embeds",), CHOICES),
+    "/v1/completions": Texts(_PROMPTS, CHOICES),
+    "/v1/responses": Texts(("input",), RESPONSE),
+}
+_RERANK = (*_PROMPTS, "query", "documents", "text_1", "text_2")
+_UTILITY = {
+    "/tokenize": Texts(_PROMPTS),
+    "/detokenize": Texts(),  # tokens are all it takes; what they say is in its answer
+    "/v1/chat/completions/render": Texts(),
+    "/v1/completions/render": Texts(_PROMPTS),
+    "/v1/responses/render": Texts(("input",)),
+    "/v1/embeddings": Texts(_PROMPTS),
+    "/v2/embed": Texts((*_PROMPTS, "texts")),
+    "/v1/score": Texts(_RERANK),
+    "/score": Texts(_RERANK),
+    "/v1/rerank": Texts(_RERANK),
+    "/v2/rerank": Texts(_RERANK),
+    "/rerank": Texts(_RERANK),
+    "/classify": Texts(_PROMPTS),
+    "/pooling": Texts(_PROMPTS),
+}
 
 ENDPOINTS: dict[str, Endpoint] = {
     endpoint.path: endpoint
     for endpoint in (
-        *(Endpoint(path, Kind.GENERATE) for path in _GENERATE),
-        *(Endpoint(path, Kind.UTILITY) for path in _UTILITY),
-        Endpoint("/v1/messages", Kind.GENERATE, Dialect.ANTHROPIC),
-        Endpoint("/v1/messages/count_tokens", Kind.UTILITY, Dialect.ANTHROPIC),
-        Endpoint("/v1/messages/render", Kind.UTILITY, Dialect.ANTHROPIC),
+        *(Endpoint(path, Kind.GENERATE, texts) for path, texts in _GENERATE.items()),
+        *(Endpoint(path, Kind.UTILITY, texts) for path, texts in _UTILITY.items()),
+        Endpoint("/v1/messages", Kind.GENERATE, Texts(stream=MESSAGE), Dialect.ANTHROPIC),
+        Endpoint("/v1/messages/count_tokens", Kind.UTILITY, Texts(), Dialect.ANTHROPIC),
+        Endpoint("/v1/messages/render", Kind.UTILITY, Texts(), Dialect.ANTHROPIC),
     )
 }

@@ -30,6 +30,8 @@ async def serve(call: Call, pool: Pool, reply: Reply) -> None:
         try:
             return await walk(call, route, pool, reply)
         except InferfluxError as e:
+            if reply.error is not None:  # the answer itself has been refused
+                raise
             _log.warning("decode failed", extra={"worker": route.decode.worker_id, "reason": e.reason})
             route = await pool.reroute(call, route, e)
         if not reply.is_streaming and not call.is_recalled:

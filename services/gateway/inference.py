@@ -26,6 +26,8 @@ from services.gateway.auth import Authenticator, read_credential
 from services.gateway.call import Call
 from services.gateway.endpoints import ENDPOINTS, Endpoint
 from services.gateway.envelope import BodyLimits
+from services.gateway.guardrails.guard import Guard, Subject
+from services.gateway.guardrails.referees import Referees
 from services.gateway.lifeline import Lifeline
 from services.gateway.policy import Policies, Policy
 from services.gateway.policy_report import Trial
@@ -58,6 +60,7 @@ class Inference:
     access_log: LineLog | None
     trial: Trial = field(default_factory=Trial)
     audit: Audit | None = None
+    referees: Referees = field(default_factory=Referees)
 
     async def __call__(self, scope: AsgiScope, receive: Receive, send: Send) -> bool:
         """Answer one request; whatever happens, it ends in an answer, in one error, or without a client.
@@ -138,8 +141,24 @@ class Inference:
                 created_s=int(time.time()),
                 traceparent=span.traceparent,
             )
-            async with Lifeline(receive, deadline_at), self.reservations.hold(call, known.price, reply):
-                await flow.serve(call, self.pool, reply)
+            async with Lifeline(receive, deadline_at):
+                await self.screen(call, reply)
+                async with self.reservations.hold(call, known.price, reply):
+                    await flow.serve(call, self.pool, reply)
+
+    async def screen(self, call: Call, reply: Reply, num_seen: int = 0) -> None:
+        """Have guardrails look at the prompt, now, and at the answer, when it comes. Raises ContentPolicyViolation.
+
+        `num_seen`: events that the client has; the prompt was looked at when it asked for the first of them.
+        """
+        if (rules := call.policy.guardrails) is None:
+            return
+        call.guard = guard = Guard(rules, _subject(call), self.referees)
+        if not call.is_recalled:
+            call.http.body = await guard.admit(call.http.body)
+        if (output := guard.output(num_seen)) is not None:
+            reply.guard(output)
+            call.journal.num_events = 0  # what the client has of a recalled stream is looked at again, for what follows
 
     def policy(self, headers: Headers) -> Policy:
         """Choose the policy of a client by its credential. Raises Unavailable."""
@@ -163,6 +182,11 @@ class Inference:
 def new_request_id() -> str:
     """Name a request; unique for the cluster, and nobody can guess another's."""
     return "req_" + secrets.token_hex(12)
+
+
+def _subject(call: Call) -> Subject:
+    texts, asker = call.endpoint.texts, call.principal
+    return Subject(call.endpoint.path, call.model, asker.tenant, asker.key_id, texts.ids, texts.stream)
 
 
 def _http_call(endpoint: Endpoint, scope: AsgiScope, headers: Headers, body: bytes) -> types_pb2.HttpCall:

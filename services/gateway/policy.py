@@ -15,11 +15,11 @@ from dataclasses import dataclass, field
 from inferflux.errors import PolicyInvalid
 from inferflux.policy.audit import AuditSection
 from inferflux.policy.document import EMPTY, PolicyDocument, parse
-from inferflux.policy.guardrails import GuardrailsSection
 from inferflux.policy.identity import Identity, Issuer, compile_identity
 from inferflux.policy.limits import Limits, compile_limits
 from inferflux.telemetry import metrics
 from services.gateway.auth import KeyRing
+from services.gateway.guardrails.rules import Guardrails, compile_guardrails
 
 _SCALE = 1 << 64
 _log = logging.getLogger(__name__)
@@ -33,7 +33,7 @@ class Policy:
     document: PolicyDocument = field(default_factory=PolicyDocument)
     identity: Identity = field(default_factory=Identity)
     limits: Limits | None = None
-    guardrails: GuardrailsSection | None = None
+    guardrails: Guardrails | None = None
     audit: AuditSection | None = None
 
 
@@ -96,7 +96,7 @@ def compile_policy(source: Source) -> Policy:
         document=document,
         identity=compile_identity(document.identity),
         limits=compile_limits(document.limits),
-        guardrails=document.guardrails,
+        guardrails=compile_guardrails(document.guardrails),
         audit=document.audit,
     )
 

@@ -7,12 +7,14 @@ Event streams then flow byte for byte; every other response is sent as one piece
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable
 
 from inferflux.errors import InferfluxError, Internal
 from inferflux.types import HttpAnswer, HttpHead
 from services.gateway import failures, losses, sse
 from services.gateway.asgi import RawHeaders, Send, WriteNow, encode_headers
 from services.gateway.endpoints import Dialect
+from services.gateway.guardrails.guard import OutputGuard
 
 # Of the connection between worker and gateway, or set by the gateway itself.
 _NOT_FORWARDED = frozenset(
@@ -47,6 +49,12 @@ class Reply:
         self._headers = headers
         self._write_now = write_now
         self._held: list[bytes] = []
+        self._guard: OutputGuard | None = None
+
+    def guard(self, guard: OutputGuard) -> None:
+        """Have everything that workers say looked at; nothing is written past the guard."""
+        self._guard = guard
+        self._write_now = None
 
     @property
     def has_started(self) -> bool:
@@ -66,6 +74,8 @@ class Reply:
         if self.is_streaming:
             if head is not self._head:
                 self._go_on(head)
+            if self._guard is not None and not (data := await self._passed(self._guard.feed(data))):
+                return
             self.num_bytes += len(data)
             await self._send({"type": "http.response.body", "body": data, "more_body": True})
         elif head is not None and is_event_stream(head):
@@ -88,7 +98,7 @@ class Reply:
     async def finish(self, head: HttpHead | None) -> None:
         """End the response of a worker that has sent everything. Raises Internal when that is nothing."""
         if self.is_streaming:
-            await self._send({"type": "http.response.body", "body": b""})
+            await self._end(await self._passed(self._guard.finish()) if self._guard is not None else b"")
         elif head is None or is_event_stream(head):
             raise Internal("the worker ended the request without an answer")
         else:
@@ -104,8 +114,31 @@ class Reply:
         """Send a complete response of a worker. Raises Internal when another one has begun differently."""
         if self.has_started:
             raise losses.not_continued()
+        if self._guard is not None:
+            answer = await self._allowed(self._guard, answer)
         await self._start(answer.head, [(b"content-length", str(len(answer.body)).encode())])
         await self._end(answer.body)
+
+    async def _passed(self, passing: Awaitable[bytes]) -> bytes:
+        """Return what the guard lets pass of an event stream. Raises the error with which it has ended the stream."""
+        try:
+            data = await passing
+        except InferfluxError as e:
+            self.error = e
+            raise
+        if self._guard is not None and self._guard.error is not None:
+            self.error = self._guard.error
+            self.is_streaming = False
+            await self._end(data)
+            raise self._guard.error
+        return data
+
+    async def _allowed(self, guard: OutputGuard, answer: HttpAnswer) -> HttpAnswer:
+        try:
+            return await guard.answer(answer)
+        except InferfluxError as e:
+            self.error = e
+            raise
 
     async def fail(self, error: InferfluxError) -> None:
         """End the response with an error: as its status and body, or as the last event of a stream that has begun."""

@@ -24,14 +24,14 @@ from services.gateway.asgi import AsgiScope, Headers, Receive, Send, header_map
 from services.gateway.auth import Principal
 from services.gateway.bounds import Price
 from services.gateway.call import Call
-from services.gateway.endpoints import ENDPOINTS, Endpoint, Kind, Scope
+from services.gateway.endpoints import ENDPOINTS, Endpoint, Kind, Scope, Texts
 from services.gateway.inference import Inference, new_request_id
 from services.gateway.lifeline import Lifeline
 from services.gateway.reply import Reply
 
 STREAMS = "/v1/streams/"
 LAST_EVENT_ID = b"last-event-id"
-_ENDPOINT = Endpoint("/v1/streams", Kind.GENERATE)
+_ENDPOINT = Endpoint("/v1/streams", Kind.GENERATE, Texts())
 _REQUEST_ID = re.compile(r"req_[0-9a-f]{24}")
 
 
@@ -66,6 +66,7 @@ class Resumption:
             metrics.STREAM_RESUME.inc()
             held = self.inference.reservations.hold(call, Price(), reply)
             async with Lifeline(receive, call.deadline_at), held:
+                await self.inference.screen(call, reply, num_events)
                 await flow.serve(call, self.inference.pool, reply)
 
     def _call(self, record: decode_pb.RecallResponse, principal: Principal, num_events: int, traceparent: str) -> Call:

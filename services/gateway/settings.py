@@ -50,6 +50,10 @@ class Settings(CommonSettings):
     """Deadline of a request from its arrival; `x-inferflux-timeout-ms` may shorten it."""
     drain_timeout_s: float = 600.0
     """Longest that running requests may take after SIGTERM; then they end with an error."""
+    guardrails_address: str = ""
+    """gRPC address of the guardrail workers; without one, rules that need them have no verdicts."""
+    opa_url: str = ""
+    """http:// or https:// URL of an OPA server, for rules of the kind `opa`."""
     sse_event_ids: bool = True
     """Number the events of streams, so that a client that lost its connection can go on with `Last-Event-ID`."""
     idempotency_ttl_s: float = 600.0

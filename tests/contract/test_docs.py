@@ -34,6 +34,7 @@ PAGES = [*DOCS.rglob("*.md"), *ROOT.glob("*.md"), ROOT / "bench" / "README.md"]
 VARIABLE = re.compile(r"\b(?:INFERFLUX|INFERCTL|OTEL)_[A-Z][A-Z_]*[A-Z]\b")
 TITLES = {"inferflux.worker": "Workers", "services.gateway": "Gateway"}
 TITLES |= {"services.policy": "Policy", "services.registry": "Registry"}
+TITLES |= {"services.guardrails": "Guardrail workers"}
 EXAMPLES = {"INFERFLUX_FOO_BAR", "INFERFLUX_FOO_BAR_FILE"}
 
 

@@ -284,6 +284,12 @@ class FakeDecode(FakeWorker, DecodeServiceServicer):
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
+    async def Recall(self, request, context) -> decode_pb.RecallResponse:
+        for job in self.jobs:
+            if job.start.context.request_id == request.request_id:
+                return decode_pb.RecallResponse(context=job.start.context, call=job.start.call)
+        raise NotFound(f"no request {request.request_id!r}")
+
     async def _beat(self, out: asyncio.Queue[decode_pb.StepBatch | None]) -> None:
         while True:
             if not self.is_silent:

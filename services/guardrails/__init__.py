@@ -1,0 +1,1 @@
+"""Guardrail workers: verdicts that need language models, far from the process that serves tokens."""
