@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import aclosing
 from dataclasses import replace
-from itertools import product
 
 import pytest
 
@@ -23,8 +22,8 @@ pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 
 BLOCK_SIZE, NUM_HEADS, NUM_LAYERS = 32, 4, 3
 PIECE_BYTES = BLOCK_SIZE * 2 * 32 * 4
-# Shorter than a block, a block exactly, and more tokens than one step computes.
-LENGTHS = (20, 32, 75, 300, 900)
+# A block exactly, and a last block that is not full.
+LENGTHS = (32, 300)
 PAIRS = [("one rank", "two ranks"), ("two ranks", "one rank"), ("two ranks", "two ranks")]
 
 EnginesByRanks = dict[str, HostedEngine]
@@ -99,7 +98,7 @@ async def test_the_blocks_of_another_prompt_give_other_tokens(
     assert response.token_ids()[1:] != (await alone(engines, call))[1:]
 
 
-@pytest.mark.parametrize(("pair", "head"), [*product(PAIRS, (0, NUM_HEADS - 1))])
+@pytest.mark.parametrize(("pair", "head"), [(PAIRS[0], NUM_HEADS - 1), (PAIRS[1], 0)])
 async def test_a_flipped_bit_in_the_part_of_any_rank_is_never_used(
     engines: EnginesByRanks, pair: tuple[str, str], head: int
 ) -> None:
