@@ -103,6 +103,8 @@ async def _read(request: Request, kind: type[M]) -> M:
 
 
 def _new_key(body: NewKeyBody) -> NewKey:
+    if not body.scopes and not body.roles:
+        raise InvalidRequest("a key needs at least one scope or role", param="scopes")
     return NewKey(
         name=body.name,
         scopes=tuple(_scope(name) for name in body.scopes),

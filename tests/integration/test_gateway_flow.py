@@ -163,16 +163,16 @@ async def test_two_clients_never_see_each_others_bytes():
     """A hundred requests at once over one session; each gets its own."""
 
     async def echo(job):
-        me = str(job.body["n"]).encode()
+        me = str(job.body["seed"]).encode()
         job.emit(head=SSE_HEAD, data=b"data: " + me + b"\n\n")
         for _ in range(3):
-            await asyncio.sleep(0.001 * (job.body["n"] % 5))
+            await asyncio.sleep(0.001 * (job.body["seed"] % 5))
             job.emit(data=b"data: " + me + b"\n\n")
         job.emit(end=end())
 
     async with pair() as (_, prefill, decode, gateway):
         decode.script = echo
-        responses = await asyncio.gather(*(gateway.chat(stream=True, n=n) for n in range(100)))
+        responses = await asyncio.gather(*(gateway.chat(stream=True, seed=n) for n in range(100)))
 
         assert [r.text for r in responses] == [f"data: {n}\n\n" * 4 for n in range(100)]
         await until(lambda: not prefill.live)

@@ -293,7 +293,7 @@ async def test_a_request_that_kills_two_workers_is_refused_and_its_neighbours_go
     async with decodes(4) as (cluster, workers, gateway):
         for worker in workers:
             worker.script = killer(cluster, workers, num_events)
-        neighbours = [asyncio.ensure_future(gateway.chat(stream=True, n=i)) for i in range(8)]
+        neighbours = [asyncio.ensure_future(gateway.chat(stream=True, seed=i)) for i in range(8)]
         await until(lambda: len(jobs_of(workers)) == 8)
         poisoned = await gateway.chat(stream=True, poison=1)
         again = await gateway.chat(stream=True, poison=1)

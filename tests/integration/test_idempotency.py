@@ -125,19 +125,22 @@ async def test_an_execution_outlives_the_connection_that_began_it():
         assert not decode.cancels
 
 
-async def test_an_answer_is_for_the_whole_tenant_and_for_nobody_else():
+async def test_an_answer_is_for_one_key_and_for_nobody_else():
+    """Another key of the tenant may be another person's: its request is one of its own."""
     async with decode_only() as (decode, gateway):
         first = await post(gateway)
+        again = await post(gateway)
         headers = {**NAMED, "authorization": f"Bearer {ADMIN_KEY}"}
         body = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}]}
-        again = await gateway.http.post("/v1/chat/completions", json=body, headers=headers)
+        other = await gateway.http.post("/v1/chat/completions", json=body, headers=headers)
         nobody = await gateway.http.post(
             "/v1/chat/completions", json=body, headers={**NAMED, "authorization": "Bearer wrong"}
         )
 
         assert again.content == first.content
+        assert other.status_code == 200
         assert nobody.status_code == 401
-        assert len(decode.jobs) == 1
+        assert len(decode.jobs) == 2
 
 
 async def test_answers_are_kept_within_a_limit():

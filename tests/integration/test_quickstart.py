@@ -27,6 +27,7 @@ from tests.support.cluster import (
     processes_of,
     read_document,
 )
+from tests.support.redis_server import RedisServer
 
 # Several starts of a whole cluster in one test, on a machine that may be busy.
 pytestmark = pytest.mark.timeout(180)
@@ -276,19 +277,14 @@ def test_what_is_missing_is_one_line(home):
         assert_nothing_runs(home)
 
 
-def test_an_outside_redis_is_used(home, tmp_path):
+def test_an_outside_redis_is_used(home):
     """With INFERFLUX_REDIS_URL no server is started here."""
-    other = new_home()
-    try:
-        with Cluster.start(home=other) as lender:
-            url = f"unix://{Home(lender.home).run}/redis.sock"
-            process = launch(home, QUICKSTART, {"INFERFLUX_REDIS_URL": url})
-            document = read_document(process, 60.0)
-            assert "redis" not in [p["role"] for p in document["processes"]]
-            process.send_signal(signal.SIGINT)
-            process.communicate(timeout=60)
-    finally:
-        shutil.rmtree(other, ignore_errors=True)
+    with RedisServer() as outside:
+        process = launch(home, QUICKSTART, {"INFERFLUX_REDIS_URL": outside.url})
+        document = read_document(process, 60.0)
+        assert "redis" not in [p["role"] for p in document["processes"]]
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=60)
 
 
 def test_conversation_keeps_its_history(cluster):
