@@ -12,6 +12,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PYTEST := $(BIN)/pytest
+# Tests that wait for other processes more than they compute, one file at a time on each of two workers.
+PARALLEL := -n 2 --dist loadfile
 say = @printf '\n\033[1m==> %s\033[0m\n' "$(1)"
 
 .PHONY: help setup quickstart test test-unit test-contract test-integration test-e2e test-tools \
@@ -57,7 +59,7 @@ protos-check: setup ## buf lint, buf format, and proof that inferflux/v1 is curr
 
 test-unit: setup ## Fast tests of single modules
 	$(call say,unit tests)
-	$(PYTEST) tests/unit $(ARGS)
+	$(PYTEST) $(PARALLEL) tests/unit $(ARGS)
 
 test-contract: test-tools ## Engines, stores, documentation: one suite per contract
 	$(call say,contract tests)
@@ -65,7 +67,7 @@ test-contract: test-tools ## Engines, stores, documentation: one suite per contr
 
 test-integration: test-tools ## All services as real processes, with the sim engine
 	$(call say,integration tests)
-	$(PYTEST) tests/integration $(ARGS)
+	$(PYTEST) $(PARALLEL) tests/integration $(ARGS)
 
 test-e2e: setup ## Real vLLM, real model, real clients
 	$(call say,end-to-end tests)

@@ -54,6 +54,8 @@ class Vault:
             raise ValueError("no key of the ring has sealed it")
         try:
             sealed = base64.b64decode(data, validate=True)
+            if base64.b64encode(sealed).decode() != data:  # the last character may have bits that nothing reads
+                raise binascii.Error
             nonce, sealed = sealed[:NONCE_BYTES], sealed[NONCE_BYTES:]
             return self._ciphers[key_id].decrypt(nonce, sealed, name.encode()).decode()
         except (binascii.Error, InvalidTag) as e:

@@ -324,10 +324,9 @@ async def test_a_store_that_hangs_delays_one_moment_and_then_nobody(monkeypatch)
     async with gateways(1) as (store, gateway):
         store.is_stuck = True
         await gateway.take((DAILY, 1))
-        started_at = asyncio.get_running_loop().time()
+        monkeypatch.setattr(shares_module, "PATIENCE_S", 3600.0)  # who still waits would wait for this test's end
         for _ in range(20):
             await gateway.take((DAILY, 1))
-        assert asyncio.get_running_loop().time() - started_at < 0.01
         store.is_stuck = False
         await idle(gateway.shares)
         store.clock.advance(1.5)
