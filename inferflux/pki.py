@@ -72,14 +72,14 @@ def _ensure_ca(directory: Path) -> tuple[x509.Certificate, ec.EllipticCurvePriva
 
 def _create_ca(certificate_file: Path, key_file: Path) -> None:
     key = ec.generate_private_key(ec.SECP256R1())
-    name = _name("InferFlux private CA")
-    builder = (
-        _builder(name, name, key.public_key(), CA_LIFE)
+    name = common_name("InferFlux private CA")
+    certificate = (
+        builder(name, name, key.public_key(), CA_LIFE)
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-        .add_extension(_key_usage(is_ca=True), critical=True)
+        .add_extension(key_usage(is_ca=True), critical=True)
     )
-    _write(key_file, _pem(key))
-    _write(certificate_file, builder.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM))
+    _write(key_file, private_pem(key))
+    _write(certificate_file, certificate.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM))
 
 
 def _issue(
@@ -88,21 +88,24 @@ def _issue(
     key = ec.generate_private_key(ec.SECP256R1())
     names = x509.SubjectAlternativeName([x509.DNSName(dns_name(role)), x509.UniformResourceIdentifier(spiffe_id(role))])
     usages = x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH])
-    builder = (
-        _builder(_name(dns_name(role)), ca.subject, key.public_key(), life)
+    certificate = (
+        builder(common_name(dns_name(role)), ca.subject, key.public_key(), life)
         .add_extension(names, critical=False)
         .add_extension(usages, critical=False)
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-        .add_extension(_key_usage(is_ca=False), critical=True)
+        .add_extension(key_usage(is_ca=False), critical=True)
         .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(ca_key.public_key()), critical=False)
     )
-    _write(directory / f"{role}.key", _pem(key))
-    _write(directory / f"{role}.crt", builder.sign(ca_key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM))
+    _write(directory / f"{role}.key", private_pem(key))
+    _write(
+        directory / f"{role}.crt", certificate.sign(ca_key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
+    )
 
 
-def _builder(
+def builder(
     subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey, life: timedelta
 ) -> x509.CertificateBuilder:
+    """Begin a certificate that is valid from now on for `life`."""
     now = datetime.now(UTC)
     return (
         x509.CertificateBuilder()
@@ -116,7 +119,8 @@ def _builder(
     )
 
 
-def _key_usage(*, is_ca: bool) -> x509.KeyUsage:
+def key_usage(*, is_ca: bool) -> x509.KeyUsage:
+    """Say what a key may do: sign certificates, or anything else."""
     return x509.KeyUsage(
         digital_signature=not is_ca,
         key_cert_sign=is_ca,
@@ -130,11 +134,13 @@ def _key_usage(*, is_ca: bool) -> x509.KeyUsage:
     )
 
 
-def _name(common_name: str) -> x509.Name:
-    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common_name)])
+def common_name(name: str) -> x509.Name:
+    """Make the name of a subject that has no more than one."""
+    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
 
 
-def _pem(key: ec.EllipticCurvePrivateKey) -> bytes:
+def private_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
+    """Write a key down, unencrypted."""
     return key.private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     )

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import os
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+from cryptography.x509.oid import ExtendedKeyUsageOID
 
+from inferflux import pki
 from inferflux.errors import ConfigError
 from inferflux.models import bundle
 from inferflux.models.anchors import to_pem
 
 ROOT_LIFE, LEAF_LIFE = timedelta(days=3650), timedelta(days=365)
-_SKEW = timedelta(hours=1)
 
 
 def sign(folder: Path, key: Path, chain: tuple[Path, ...] = ()) -> Path:
@@ -50,7 +50,7 @@ def make_key(directory: Path, name: str) -> Path:
     """Make `name.key` (private, 0600) and `name.pub`, EC P-256; returns the private one. Raises FileExistsError."""
     key = ec.generate_private_key(ec.SECP256R1())
     path = directory / f"{name}.key"
-    _write(path, _private_pem(key), 0o600)
+    _write(path, pki.private_pem(key), 0o600)
     _write(directory / f"{name}.pub", to_pem(key.public_key()), 0o644)
     return path
 
@@ -58,14 +58,14 @@ def make_key(directory: Path, name: str) -> Path:
 def make_root(directory: Path, name: str) -> Path:
     """Make a root: `name.key` and the certificate `name.crt`, which may sign others; returns the certificate."""
     key = ec.generate_private_key(ec.SECP256R1())
-    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+    subject = pki.common_name(name)
     certificate = (
         _builder(subject, subject, key.public_key(), key.public_key(), ROOT_LIFE)
         .add_extension(x509.BasicConstraints(ca=True, path_length=1), critical=True)
-        .add_extension(_usage(is_ca=True), critical=True)
+        .add_extension(pki.key_usage(is_ca=True), critical=True)
         .sign(key, hashes.SHA256())
     )
-    _write(directory / f"{name}.key", _private_pem(key), 0o600)
+    _write(directory / f"{name}.key", pki.private_pem(key), 0o600)
     return _write(directory / f"{name}.crt", certificate.public_bytes(serialization.Encoding.PEM), 0o644)
 
 
@@ -76,16 +76,16 @@ def issue(directory: Path, name: str, root: Path) -> Path:
     if not isinstance(issuer_key, ec.EllipticCurvePrivateKey):
         raise ConfigError(f"{root.with_suffix('.key')}: not an elliptic curve key")
     key = ec.generate_private_key(ec.SECP256R1())
-    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+    subject = pki.common_name(name)
     certificate = (
         _builder(subject, issuer.subject, key.public_key(), issuer_key.public_key(), LEAF_LIFE)
         .add_extension(x509.SubjectAlternativeName([x509.DNSName(f"{name}.models.invalid")]), critical=False)
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-        .add_extension(_usage(is_ca=False), critical=True)
+        .add_extension(pki.key_usage(is_ca=False), critical=True)
         .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.CODE_SIGNING]), critical=False)
         .sign(issuer_key, hashes.SHA256())
     )
-    _write(directory / f"{name}.key", _private_pem(key), 0o600)
+    _write(directory / f"{name}.key", pki.private_pem(key), 0o600)
     return _write(directory / f"{name}.pem", certificate.public_bytes(serialization.Encoding.PEM), 0o644)
 
 
@@ -96,38 +96,8 @@ def _builder(
     issuer_key: ec.EllipticCurvePublicKey,
     life: timedelta,
 ) -> x509.CertificateBuilder:
-    now = datetime.now(UTC)
-    return (
-        x509.CertificateBuilder()
-        .subject_name(subject)
-        .issuer_name(issuer)
-        .public_key(key)
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - _SKEW)
-        .not_valid_after(now + life)
-        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
-        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(issuer_key), critical=False)
-    )
-
-
-def _usage(*, is_ca: bool) -> x509.KeyUsage:
-    return x509.KeyUsage(
-        digital_signature=not is_ca,
-        key_cert_sign=is_ca,
-        crl_sign=is_ca,
-        content_commitment=False,
-        key_encipherment=False,
-        data_encipherment=False,
-        key_agreement=False,
-        encipher_only=False,
-        decipher_only=False,
-    )
-
-
-def _private_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
-    return key.private_bytes(
-        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    )
+    above = x509.AuthorityKeyIdentifier.from_issuer_public_key(issuer_key)
+    return pki.builder(subject, issuer, key, life).add_extension(above, critical=False)
 
 
 def _write(path: Path, content: bytes, mode: int) -> Path:
