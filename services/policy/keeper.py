@@ -17,11 +17,12 @@ from collections.abc import Callable
 from inferflux.clock import Clock, until_tick
 from inferflux.errors import InvalidRequest, PolicyPersistFailed, Unavailable
 from inferflux.feed import Feed
+from inferflux.store import MAX_REVISION
 from inferflux.telemetry.metrics import SNAPSHOT_REVISION, STORE_UP
 from services.policy.book import KeyBook
 from services.policy.history import History, Revision
 from services.policy.keys import Key
-from services.policy.store import MAX_REVISION, PolicyStore
+from services.policy.store import PolicyStore
 
 log = logging.getLogger(__name__)
 

@@ -10,18 +10,10 @@ included, is Unavailable: what failed so may still have happened.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
 
-import redis.asyncio as redis
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
-from redis.exceptions import RedisError
-
-from inferflux.errors import ConfigError, Unavailable
 from inferflux.policy.counting import (
     SHARE_DIVISOR,
     Ask,
@@ -34,16 +26,14 @@ from inferflux.policy.counting import (
     slot_at,
 )
 from inferflux.policy.limits import Kind, Name, Scope, Span
+from inferflux.store import ANSWER_TIMEOUT_S, RedisStore
 from inferflux.telemetry import metrics
 
-ANSWER_TIMEOUT_S = 1.0
 MAX_CONNECTIONS = 32
 SCAN_COUNT = 500
 MAX_COUNTERS = 10_000
 MAX_SEEN = 100_000
 _SCRIPT = Path(__file__).with_name("limits.lua")
-# redis-py's own types say bytes and text, coroutine and value, all at once.
-Client = Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,32 +45,13 @@ class Usage:
     reset_s: float
 
 
-class LimitsStore:
+class LimitsStore(RedisStore):
     """Counters in Redis; connects on demand. Safe to use concurrently. Raises ConfigError for a URL that is none."""
 
     def __init__(self, url: str) -> None:
-        try:
-            pool = redis.BlockingConnectionPool.from_url(
-                url,
-                max_connections=MAX_CONNECTIONS,
-                timeout=ANSWER_TIMEOUT_S,
-                protocol=2,
-                decode_responses=True,
-                socket_timeout=ANSWER_TIMEOUT_S,
-                socket_connect_timeout=ANSWER_TIMEOUT_S,
-                retry=Retry(NoBackoff(), 0),
-            )
-        except ValueError as e:
-            raise ConfigError("INFERFLUX_REDIS_URL: must be a redis://, rediss:// or unix:// URL") from e
+        super().__init__(url, "limits", MAX_CONNECTIONS)
         self._seen: dict[str, Booking] = {}
-        self._redis: Client = redis.Redis.from_pool(pool)
         self._script = self._redis.register_script(_SCRIPT.read_text(encoding="utf-8"))
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await self._redis.aclose()
 
     async def exchange(self, now_s: float, exchange: Exchange) -> list[Share] | Refusal:
         """Book, then give what is asked, all or nothing; see Counters.exchange. Raises Unavailable."""
@@ -97,7 +68,7 @@ class LimitsStore:
             arguments += [*_booking(booking, exchange.holder, now_s), how]
         for ask in asks:
             arguments += _ask(ask, exchange.holder, now_s)
-        with _unavailable(), metrics.STORE_SECONDS.labels("limits").time():
+        with self._answering(), metrics.STORE_SECONDS.labels("limits").time():
             answer = _answer([int(number) for number in await self._script(keys, arguments)], asks, now_s)
         if not isinstance(answer, Refusal):
             self._see(tenant, asks, answer)
@@ -105,7 +76,7 @@ class LimitsStore:
 
     async def usage(self, now_s: float, tenant: str = "") -> list[Usage]:
         """Read all counters of a tenant, or of all (empty), at most MAX_COUNTERS. Raises Unavailable."""
-        with _unavailable():
+        with self._answering():
             async with asyncio.timeout(5 * ANSWER_TIMEOUT_S):
                 found = [usage async for usage in self._usages(now_s, tenant or "*")]
         return sorted(found, key=lambda usage: (usage.name.scope, usage.name.owner, usage.name.kind))
@@ -184,11 +155,3 @@ def _answer(numbers: list[int], asks: Sequence[Ask], now_s: float) -> list[Share
         slot = slot_at(ask.name.kind.span, now_s)
         shares.append(Share(used, extra, slot, share_slot(ask.name.kind.span, slot), reset_ms / 1000))
     return shares
-
-
-@contextmanager
-def _unavailable() -> Iterator[None]:
-    try:
-        yield
-    except (RedisError, OSError, TimeoutError) as e:
-        raise Unavailable(f"limits store: {type(e).__name__}", retry_after_s=1.0) from e

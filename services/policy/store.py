@@ -16,17 +16,14 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from contextlib import asynccontextmanager
 from dataclasses import replace
-from typing import Any, Self, TypeVar
+from typing import TypeVar
 
-import redis.asyncio as redis
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
-from redis.exceptions import RedisError, WatchError
+from redis.exceptions import WatchError
 
-from inferflux.errors import ConfigError, Unavailable
+from inferflux.store import UPDATE_TIMEOUT_S, Pipe, RedisStore, read_revision
 from services.policy.book import KeyBook
 from services.policy.history import History, Revision, decode_revision, encode_revision
 from services.policy.keys import Key, decode_key, encode_key
@@ -41,44 +38,27 @@ REVISIONS = "ifx:{policy}:revisions"
 SEAL = "ifx:{policy}:seal"
 CHANNEL = "ifx:{policy}:changes"
 
-ANSWER_TIMEOUT_S = 1.0
-UPDATE_TIMEOUT_S = 5.0
-MAX_REVISION = 2**62
-"""Far above any clock, far below the end of uint64: what claims more is broken."""
-
-# redis-py's own types say bytes and text, coroutine and value, all at once.
-Client = Any
-Pipe = Any
 R = TypeVar("R")
 
 
-class PolicyStore:
+class PolicyStore(RedisStore):
     """A book in Redis; connects on demand. Safe to use concurrently. Raises ConfigError for a URL that is none."""
 
     def __init__(self, url: str, vault: Vault) -> None:
         self._vault = vault
-        try:
-            self._redis: Client = _client(url)
-        except ValueError as e:
-            raise ConfigError("INFERFLUX_REDIS_URL: must be a redis://, rediss:// or unix:// URL") from e
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await self._redis.aclose()
+        super().__init__(url, "policy")
 
     async def revision(self) -> int:
         """Return the stored revision; 0 when there is none. Raises Unavailable."""
-        with _unavailable():
-            return _number(await self._redis.get(REVISION))
+        with self._answering():
+            return read_revision(await self._redis.get(REVISION))
 
     async def update(self, edit: Callable[[KeyBook], KeyBook]) -> KeyBook:
         """Replace the stored book by what `edit` makes of it and tell the replicas, or do nothing at all.
 
         `edit` may run several times, and may raise. A book of the same revision is not written. Raises Unavailable.
         """
-        with _unavailable():
+        with self._answering():
             async with asyncio.timeout(UPDATE_TIMEOUT_S), self._redis.pipeline(transaction=True) as pipe:
                 while True:
                     try:
@@ -90,11 +70,11 @@ class PolicyStore:
     async def subscribe(self) -> AsyncIterator[Callable[[float], Awaitable[None]]]:
         """Give a function that waits for the next write of any replica, at most so many seconds. Raises Unavailable."""
         async with self._redis.pubsub(ignore_subscribe_messages=True) as pubsub:
-            with _unavailable():
+            with self._answering():
                 await pubsub.subscribe(CHANNEL)
 
             async def wait(timeout_s: float) -> None:
-                with _unavailable():
+                with self._answering():
                     await pubsub.get_message(timeout=timeout_s)
 
             yield wait
@@ -113,7 +93,7 @@ class PolicyStore:
 
     async def _read(self, pipe: Pipe) -> tuple[KeyBook, set[str]]:
         """Read the book, and the names of records that must be encrypted anew."""
-        revision = _number(await pipe.get(REVISION))
+        revision = read_revision(await pipe.get(REVISION))
         sealed_keys, sealed_revisions = await pipe.hgetall(KEYS), await pipe.hgetall(REVISIONS)
         revoked = frozenset(await pipe.smembers(REVOKED))
         seal = await pipe.get(SEAL)
@@ -179,30 +159,3 @@ def _sealed(book: KeyBook) -> str:
     """Write down what must not be missing from a book, or else more would be allowed."""
     revisions = [book.history.newest.revision, book.history.live.revision]
     return json.dumps({"revisions": revisions, "revoked": sorted(book.revoked)})
-
-
-def _client(url: str) -> Client:
-    """Make a client without retries: the service reconnects itself, and a write must not happen twice."""
-    return redis.Redis.from_url(
-        url,
-        protocol=2,
-        decode_responses=True,
-        socket_timeout=ANSWER_TIMEOUT_S,
-        socket_connect_timeout=ANSWER_TIMEOUT_S,
-        retry=Retry(NoBackoff(), 0),
-    )
-
-
-@contextmanager
-def _unavailable() -> Iterator[None]:
-    try:
-        yield
-    except (RedisError, OSError, TimeoutError) as e:
-        raise Unavailable(f"policy store: {type(e).__name__}", retry_after_s=1.0) from e
-
-
-def _number(text: str | None) -> int:
-    """Read a revision; what is none counts as missing, and is then written anew."""
-    if text is None or not text.isdecimal() or len(text) > len(str(MAX_REVISION)):
-        return 0
-    return int(text) if int(text) < MAX_REVISION else 0

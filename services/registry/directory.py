@@ -19,12 +19,13 @@ from dataclasses import dataclass, replace
 from inferflux.clock import Clock, until_tick
 from inferflux.errors import Conflict, InvalidRequest, Unavailable
 from inferflux.feed import Feed
+from inferflux.store import MAX_REVISION
 from inferflux.telemetry.metrics import SNAPSHOT_REVISION, STORE_UP
 from inferflux.types import State
 from services.registry.leases import LeaseTable
 from services.registry.models import Model, ModelBook
 from services.registry.roster import Roster
-from services.registry.store import MAX_REVISION, RegistryStore
+from services.registry.store import RegistryStore
 from services.registry.workers import Worker
 
 log = logging.getLogger(__name__)

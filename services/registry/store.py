@@ -11,16 +11,13 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
-from typing import Any, Self
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 
-import redis.asyncio as redis
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
-from redis.exceptions import RedisError, WatchError
+from redis.exceptions import WatchError
 
-from inferflux.errors import ConfigError, Internal, InvalidRequest, Unavailable
+from inferflux.errors import Internal, InvalidRequest
+from inferflux.store import UPDATE_TIMEOUT_S, Pipe, RedisStore, read_revision
 from services.registry.models import Model, ModelBook
 from services.registry.releases import Release
 from services.registry.roster import Roster
@@ -35,34 +32,16 @@ REVOKED_KEYS = "ifx:{registry}:revoked_keys"
 RULES_REVISION = "ifx:{registry}:rules:revision"
 CHANNEL = "ifx:{registry}:changes"
 
-ANSWER_TIMEOUT_S = 1.0
-UPDATE_TIMEOUT_S = 5.0
-MAX_REVISION = 2**62
-"""Far above any clock, far below the end of uint64: what claims more is broken."""
 
-# redis-py's own types say bytes and text, coroutine and value, all at once.
-Client = Any
-Pipe = Any
-
-
-class RegistryStore:
+class RegistryStore(RedisStore):
     """Models and rosters in Redis; connects on demand. Safe to use concurrently. Raises ConfigError for a bad URL."""
 
     def __init__(self, url: str) -> None:
-        try:
-            self._redis: Client = connect(url)
-        except ValueError as e:
-            raise ConfigError("INFERFLUX_REDIS_URL: must be a redis://, rediss:// or unix:// URL") from e
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await self._redis.aclose()
+        super().__init__(url, "registry")
 
     async def write_roster(self, owner: str, roster: Roster, *, announce: bool) -> None:
         """Replace the owner's roster; `announce` makes the other replicas read it now. Raises Unavailable."""
-        with unavailable():
+        with self._answering():
             async with self._redis.pipeline(transaction=True) as pipe:
                 pipe.hset(ROSTERS, owner, roster.encode())
                 if announce:
@@ -71,7 +50,7 @@ class RegistryStore:
 
     async def read(self) -> tuple[int, dict[str, Roster]]:
         """Return the revision of the models and the rosters by owner. Raises Unavailable."""
-        with unavailable():
+        with self._answering():
             async with self._redis.pipeline(transaction=True) as pipe:
                 pipe.get(REVISION)
                 pipe.hgetall(ROSTERS)
@@ -81,7 +60,7 @@ class RegistryStore:
 
     async def forget(self, owner: str) -> None:
         """Remove the roster of a replica that is gone. Raises Unavailable."""
-        with unavailable():
+        with self._answering():
             await self._redis.hdel(ROSTERS, owner)
 
     async def update(self, edit: Callable[[ModelBook], ModelBook]) -> ModelBook:
@@ -89,7 +68,7 @@ class RegistryStore:
 
         `edit` may run several times, and may raise. A book of the same revision is not written. Raises Unavailable.
         """
-        with unavailable():
+        with self._answering():
             async with asyncio.timeout(UPDATE_TIMEOUT_S), self._redis.pipeline(transaction=True) as pipe:
                 while True:
                     try:
@@ -99,12 +78,12 @@ class RegistryStore:
 
     async def release(self, name: str) -> Release:
         """Return all versions of a model. Raises Unavailable."""
-        with unavailable():
+        with self._answering():
             return _decode_release(name, await self._redis.hget(RELEASES, name))
 
     async def edit_release(self, name: str, edit: Callable[[Release], Release]) -> Release:
         """Replace the versions of a model by what `edit` makes of them; see `update`. Raises Unavailable."""
-        with unavailable():
+        with self._answering():
             async with asyncio.timeout(UPDATE_TIMEOUT_S), self._redis.pipeline(transaction=True) as pipe:
                 while True:
                     try:
@@ -114,7 +93,7 @@ class RegistryStore:
 
     async def revoke_key(self, key_id: str) -> None:
         """End the trust in a signing key. Raises Unavailable."""
-        with unavailable():
+        with self._answering():
             async with self._redis.pipeline(transaction=True) as pipe:
                 pipe.sadd(REVOKED_KEYS, key_id)
                 pipe.incr(RULES_REVISION)
@@ -122,7 +101,7 @@ class RegistryStore:
 
     async def rules(self, name: str) -> tuple[Release, frozenset[str], int]:
         """Return the versions of a model, all revoked keys, and the revision of both. Raises Unavailable."""
-        with unavailable():
+        with self._answering():
             async with self._redis.pipeline(transaction=True) as pipe:
                 pipe.hget(RELEASES, name)
                 pipe.smembers(REVOKED_KEYS)
@@ -134,11 +113,11 @@ class RegistryStore:
     async def subscribe(self) -> AsyncIterator[Callable[[float], Awaitable[None]]]:
         """Give a function that waits for the next write of any replica, at most so many seconds. Raises Unavailable."""
         async with self._redis.pubsub(ignore_subscribe_messages=True) as pubsub:
-            with unavailable():
+            with self._answering():
                 await pubsub.subscribe(CHANNEL)
 
             async def wait(timeout_s: float) -> None:
-                with unavailable():
+                with self._answering():
                     await pubsub.get_message(timeout=timeout_s)
 
             yield wait
@@ -200,31 +179,3 @@ def _decode(name: str, text: str) -> Model | None:
         pass
     log.error("ignoring a model record that cannot be read", extra={"model": name})
     return None
-
-
-def connect(url: str) -> Client:
-    """Make a client without retries: the service reconnects itself, and a write must not happen twice."""
-    return redis.Redis.from_url(
-        url,
-        protocol=2,
-        decode_responses=True,
-        socket_timeout=ANSWER_TIMEOUT_S,
-        socket_connect_timeout=ANSWER_TIMEOUT_S,
-        retry=Retry(NoBackoff(), 0),
-    )
-
-
-@contextmanager
-def unavailable() -> Iterator[None]:
-    """Raise Unavailable for every failure of Redis inside the block."""
-    try:
-        yield
-    except (RedisError, OSError, TimeoutError) as e:
-        raise Unavailable(f"registry store: {type(e).__name__}", retry_after_s=1.0) from e
-
-
-def read_revision(text: str | None) -> int:
-    """Read a revision; what is none counts as missing, and is then written anew."""
-    if text is None or not text.isdecimal() or len(text) > len(str(MAX_REVISION)):
-        return 0
-    return int(text) if int(text) < MAX_REVISION else 0

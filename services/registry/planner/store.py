@@ -11,14 +11,14 @@ import asyncio
 import json
 import logging
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Any
 
 from redis.exceptions import WatchError
 
-from inferflux.errors import ConfigError, InvalidRequest
+from inferflux.errors import InvalidRequest
+from inferflux.store import UPDATE_TIMEOUT_S, Pipe, RedisStore, read_revision
 from services.registry.planner import book
 from services.registry.planner.book import PoolBook
-from services.registry.store import UPDATE_TIMEOUT_S, Client, Pipe, connect, read_revision, unavailable
 
 log = logging.getLogger(__name__)
 
@@ -28,24 +28,15 @@ PLANS = "ifx:{registry}:plans"
 LEASE = "ifx:{registry}:planner-lease"
 
 
-class PlannerStore:
+class PlannerStore(RedisStore):
     """Connects on demand; safe to use concurrently. Raises ConfigError for a bad URL."""
 
     def __init__(self, url: str) -> None:
-        try:
-            self._redis: Client = connect(url)
-        except ValueError as e:
-            raise ConfigError("INFERFLUX_REDIS_URL: must be a redis://, rediss:// or unix:// URL") from e
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await self._redis.aclose()
+        super().__init__(url, "registry")
 
     async def read(self) -> PoolBook:
         """Return the stored book; an empty one when there is none. Raises Unavailable."""
-        with unavailable():
+        with self._answering():
             revision, text = await self._redis.mget(REVISION, POOLS)
         return _decode(revision, text)
 
@@ -54,7 +45,7 @@ class PlannerStore:
 
         Raises Unavailable.
         """
-        with unavailable():
+        with self._answering():
             async with asyncio.timeout(UPDATE_TIMEOUT_S), self._redis.pipeline(transaction=True) as pipe:
                 while True:
                     try:
@@ -64,12 +55,12 @@ class PlannerStore:
 
     async def write_plans(self, plans: dict[str, Any]) -> None:
         """Replace what the leader found. Raises Unavailable."""
-        with unavailable():
+        with self._answering():
             await self._redis.set(PLANS, json.dumps(plans))
 
     async def read_plans(self) -> dict[str, Any]:
         """Return what the leader found last; empty when there is nothing. Raises Unavailable."""
-        with unavailable():
+        with self._answering():
             text = await self._redis.get(PLANS)
         try:
             plans = json.loads(text or "{}")
@@ -80,14 +71,14 @@ class PlannerStore:
     async def hold_lease(self, owner: str, ttl_s: float) -> bool:
         """Take the lease or renew it; False when somebody else has it. Raises Unavailable."""
         ttl_ms = int(ttl_s * 1000)
-        with unavailable():
+        with self._answering():
             if await self._redis.set(LEASE, owner, nx=True, px=ttl_ms):
                 return True
             return await self._if_mine(owner, lambda pipe: pipe.pexpire(LEASE, ttl_ms))
 
     async def drop_lease(self, owner: str) -> None:
         """Give the lease back, if it is ours. Raises Unavailable."""
-        with unavailable():
+        with self._answering():
             await self._if_mine(owner, lambda pipe: pipe.delete(LEASE))
 
     async def _if_mine(self, owner: str, action: Callable[[Pipe], object]) -> bool:
