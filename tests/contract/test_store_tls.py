@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 import trustme
 
@@ -16,6 +17,7 @@ from inferflux.errors import Unavailable
 from services.registry.models import ModelBook
 from services.registry.store import RegistryStore
 from tests.helm.cluster import until
+from tests.support.service import until as eventually
 
 USER = "user inferflux on >right ~ifx:* &ifx:* +@all -@admin -@dangerous"
 START_S = 20.0
@@ -59,6 +61,7 @@ async def test_the_url_says_whom_to_trust_and_who_we_are(port: int, certificates
         await store.update(lambda book: ModelBook(book.revision + 1, book.models))
         revision, _ = await store.read()
 
+    await until_closed(port)
     assert revision == 1
 
 
@@ -70,6 +73,13 @@ async def test_a_foreign_server_and_a_wrong_password_are_refused(
     async with RegistryStore(_url(port, certificates, ca, secret)) as store:
         with pytest.raises(Unavailable):
             await store.read()
+    await until_closed(port)  # TLS says goodbye in the background, as long as there is a loop
+
+
+async def until_closed(port: int) -> None:
+    """Wait until this process has no connection to a port."""
+    me = psutil.Process()
+    await eventually(lambda: all(c.raddr.port != port for c in me.net_connections("tcp4") if c.raddr))
 
 
 def _url(port: int, certificates: Path, ca: str, secret: str) -> str:
