@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -50,11 +51,25 @@ def error_of(reason: str, message: str) -> InferfluxError:
 
 @contextmanager
 def translated_errors() -> Iterator[None]:
-    """Raise our errors instead of gRPC's inside the block."""
+    """Raise our errors instead of gRPC's inside the block.
+
+    A task that is cancelled while its call ends hears of its cancellation: grpc.aio keeps that to itself when the
+    call's status came first, and a loop that calls again would never end.
+    """
+    num_before = num_cancels()
     try:
         yield
     except grpc.aio.AioRpcError as e:
-        raise to_error(e) from e
+        if num_cancels() == num_before:
+            raise to_error(e) from e
+    if num_cancels() > num_before:
+        raise asyncio.CancelledError
+
+
+def num_cancels() -> int:
+    """How often the current task was asked to end."""
+    task = asyncio.current_task()
+    return task.cancelling() if task is not None else 0
 
 
 def _text(value: str | bytes) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 import grpc
 
 from inferflux.errors import InferfluxError
-from inferflux.rpc.client import to_error
+from inferflux.rpc.client import num_cancels, to_error
 from inferflux.telemetry import metrics
 from inferflux.types import STATE_FROM_PROTO, Pulse, Role, State
 from inferflux.v1 import types_pb2
@@ -57,6 +57,8 @@ class Link(ABC):
         try:
             while True:
                 was_up = await self._converse_once()
+                if num_cancels():  # grpc.aio keeps it to itself when a call's end came first
+                    raise asyncio.CancelledError
                 num_failures = 0 if was_up else num_failures + 1
                 await asyncio.sleep(backoff_s(num_failures))
         finally:
@@ -80,20 +82,14 @@ class Link(ABC):
             is_death = True  # until it comes back as the same start
         except InferfluxError as e:
             reason = e.reason
-        except asyncio.CancelledError:
-            if not self._was_given_up():
+        except asyncio.CancelledError:  # a call that we cancel raises it in its reader, just as a cancelled task does
+            if num_cancels():
                 raise
             reason = "silent"
         finally:
             was_up = self.heart.is_up
             self._down(reason, is_death=is_death)
         return was_up
-
-    @staticmethod
-    def _was_given_up() -> bool:
-        """A call that we cancel raises CancelledError in its reader, just as a cancelled task does."""
-        task = asyncio.current_task()
-        return task is not None and not task.cancelling()
 
     def _take_pulse(self, message: types_pb2.Pulse) -> None:
         if not self.heart.is_up:

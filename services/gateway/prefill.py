@@ -18,7 +18,7 @@ from typing import Any, Self
 import grpc
 
 from inferflux.errors import InferfluxError, Unavailable, WorkerLost
-from inferflux.rpc.client import translated_errors
+from inferflux.rpc.client import num_cancels, translated_errors
 from inferflux.telemetry import metrics
 from inferflux.telemetry.tracing import Span
 from inferflux.types import HttpAnswer, HttpHead, KvReport, Role
@@ -158,7 +158,7 @@ class PrefillLink(Link):
             await self._hear_if_lost()
             raise
         except asyncio.CancelledError:
-            if not self._was_given_up():
+            if num_cancels():
                 raise
             raise WorkerLost("the prefill worker was lost") from None
         finally:
