@@ -11,7 +11,7 @@ from pathlib import Path
 URL = os.environ["INFERFLUX_TEST_URL"]
 KEY = Path(os.environ["INFERFLUX_TEST_KEY_FILE"]).read_text().strip()
 DEADLINE_AT = time.monotonic() + float(os.environ["INFERFLUX_TEST_TIMEOUT_S"])
-MODELS = [name for name in os.environ["INFERFLUX_TEST_MODELS"].split(",") if name]
+MODELS = {name for name in os.environ["INFERFLUX_TEST_MODELS"].split(",") if name}
 PROMPT = "InferFlux computes a prompt on one worker and continues it on another. " * 20
 RETRY_S = 0.5
 
@@ -53,5 +53,5 @@ def check(model):
     sys.exit(f"FAILED {model}: no decode worker has read the KV of a prefill worker")
 
 
-for name in MODELS:
+for name in sorted(MODELS):
     check(name)
