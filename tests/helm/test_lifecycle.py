@@ -28,6 +28,7 @@ FULL = f"{RELEASE}-inferflux"
 COMPONENTS = ("gateway", "policy", "registry", "prefill", "decode")
 OPS = 9090
 WAIT_S = 120.0
+GUARDRAILS = ("--values", str(CHART / "ci" / "guardrails-values.yaml"))
 
 
 @dataclass
@@ -126,6 +127,18 @@ def test_certificates_and_pools_change_without_a_restart(kube: Cluster, load: Lo
     assert _uids(kube) == before
     _scale(kube, f"{FULL}-sim-decode", 2)
     _scale(kube, f"{FULL}-sim-decode", 1)
+
+
+def test_guardrail_workers_come_and_judge(kube: Cluster, load: Load, values: list[str]) -> None:
+    """An upgrade brings them, and gateways that ask them."""
+    kube.helm("upgrade", RELEASE, str(CHART), *values, *GUARDRAILS, "--wait", "--timeout", "120s")
+    assert len(_ready(kube, "guardrails")) == 1
+    if kube.is_fake:
+        rule = {"name": "rude", "kind": "profanity", "action": "block", "deadline_ms": 2000}
+        body = {"text": "you stupid asshole, go to hell", "guardrails": {"rules": [rule]}}
+        until(
+            lambda: _try_guardrails(kube, body)["action"] == "block", WAIT_S, lambda: str(_try_guardrails(kube, body))
+        )
 
 
 def test_green_pools_take_over_from_blue_ones(kube: Cluster, load: Load, values: list[str]) -> None:
@@ -228,6 +241,12 @@ def _scrape(address: str, token: str) -> httpx.Response:
 def _metrics(kube: Cluster, address: str) -> str:
     token = base64.b64decode(kube.get("secret", f"{FULL}-keys")["data"]["ops.token"]).decode()
     return _scrape(address, token).text
+
+
+def _try_guardrails(kube: Cluster, body: dict[str, Any]) -> Any:
+    key = base64.b64decode(kube.get("secret", f"{FULL}-api-keys")["data"]["key"]).decode()
+    url = f"http://{kube.get('service', FULL)['spec']['clusterIP']}/v1/admin/guardrails/test"
+    return httpx.post(url, json=body, headers={"authorization": f"Bearer {key}"}, timeout=10).raise_for_status().json()
 
 
 def _pools_read(kube: Cluster) -> list[list[str]]:

@@ -10,6 +10,11 @@
 {{- end -}}
 {{- end -}}
 
+{{/* The components beside the workers, each with a Service. */}}
+{{- define "inferflux.services" -}}
+gateway policy registry{{ if .Values.guardrails.enabled }} guardrails{{ end }}
+{{- end -}}
+
 {{- define "inferflux.selector" -}}
 app.kubernetes.io/name: inferflux
 app.kubernetes.io/instance: {{ .Release.Name }}
