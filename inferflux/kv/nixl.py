@@ -51,6 +51,7 @@ Region = tuple[int, int]
 Take = Callable[[int, Bytes], None]
 
 
+@cache
 def is_installed() -> bool:
     """Whether a NIXL package is there; says nothing of whether it works."""
     return any(importlib.util.find_spec(name) is not None for name in PACKAGES)
