@@ -92,6 +92,7 @@ test-ray: setup ## Engines of several ranks on a Ray cluster of two nodes: exact
 test-chaos: test-tools ## At least 200 proven faults in 12 minutes on the sim engine; ARGS="--engine vllm --faults 30 ..." says otherwise
 	$(call say,chaos)
 	$(BIN)/python -m tests.chaos.corruption
+	$(BIN)/python -m tests.chaos.herd
 	$(BIN)/python -m tests.chaos $(ARGS)
 
 test-simulation: setup ## Gateway, sessions and tickets in virtual time: 2,000 seeds (5 minutes on 2 cores); ARGS="--seed 7 -v" replays one
