@@ -181,7 +181,7 @@ def worker_places(options: ClusterOptions, cores: Sequence[int]) -> dict[str, li
     prefill, decode = place(pinned, options.prefill, options.decode)
     # Where prompts are computed: a batch of texts must not stall running streams.
     computing = sorted({core for cores in prefill or decode for core in cores})
-    pooling = share(computing, options.pooling) if computing else [()] * options.pooling
+    pooling: list[Cores] = share(computing, options.pooling) if computing else [()] * options.pooling
     return {"prefill": prefill, "decode": decode, "pooling": pooling}
 
 

@@ -126,11 +126,10 @@ def _score_rows(num_first: int, vectors: Sequence[Vector]) -> dict[str, Any]:
 
 def _rerank_rows(documents: Sequence[str], top_n: int, vectors: Sequence[Vector]) -> dict[str, Any]:
     query, *others = vectors
-    rows = [
-        {"index": i, "document": {"text": text, "multi_modal": None}, "relevance_score": _cosine(query, other)}
-        for i, (text, other) in enumerate(zip(documents, others, strict=True))
-    ]
-    return {"results": sorted(rows, key=lambda row: -row["relevance_score"])[:top_n]}
+    scores = [_cosine(query, other) for other in others]
+    best = sorted(range(len(documents)), key=lambda i: -scores[i])[:top_n]
+    rows = [(i, {"text": documents[i], "multi_modal": None}) for i in best]
+    return {"results": [{"index": i, "document": text, "relevance_score": scores[i]} for i, text in rows]}
 
 
 def _cosine(a: Vector, b: Vector) -> float:
