@@ -15,10 +15,11 @@ from inferflux.v1 import types_pb2 as pb
 
 
 class Role(StrEnum):
-    """Which phase a worker computes."""
+    """Which phase a worker computes; pooling is a prefill whose result is the answer."""
 
     PREFILL = "prefill"
     DECODE = "decode"
+    POOLING = "pooling"
 
 
 class State(StrEnum):
@@ -347,7 +348,11 @@ class Pulse:
         )
 
 
-ROLE_TO_PROTO = {Role.PREFILL: pb.WORKER_ROLE_PREFILL, Role.DECODE: pb.WORKER_ROLE_DECODE}
+ROLE_TO_PROTO = {
+    Role.PREFILL: pb.WORKER_ROLE_PREFILL,
+    Role.DECODE: pb.WORKER_ROLE_DECODE,
+    Role.POOLING: pb.WORKER_ROLE_POOLING,
+}
 ROLE_FROM_PROTO = {v: k for k, v in ROLE_TO_PROTO.items()}
 STATE_TO_PROTO = {
     State.STARTING: pb.WORKER_STATE_STARTING,

@@ -979,6 +979,6 @@ async def test_a_whole_answer_that_is_huge_arrives_whole():
 
     async with decode_only() as (_, decode, gateway):
         decode.script = big
-        response = await gateway.http.post("/v1/embeddings", json={"model": MODEL}, timeout=httpx.Timeout(30))
+        response = await gateway.http.post("/tokenize", json={"model": MODEL}, timeout=httpx.Timeout(30))
 
         assert response.content == blob

@@ -418,6 +418,15 @@ class FakeCluster:
         self.registry.put(worker.record(pb.WORKER_ROLE_DECODE))
         return worker
 
+    async def add_pooling(self, worker_id: str = "pooling-0", **fields: Any) -> FakeDecode:
+        """A pooling worker speaks like a decode worker."""
+        worker = FakeDecode(worker_id, **fields)
+        server = await self._serve(worker_id, self._address(worker), "DecodeService", role="pooling")
+        add_DecodeServiceServicer_to_server(worker, server.grpc)
+        await server.start()
+        self.registry.put(worker.record(pb.WORKER_ROLE_POOLING))
+        return worker
+
     async def add_prefill(self, worker_id: str = "prefill-0", **fields: Any) -> FakePrefill:
         worker = FakePrefill(worker_id, **fields)
         server = await self._serve(worker_id, self._address(worker), "PrefillService", role="prefill")
