@@ -31,6 +31,10 @@ class Settings(CommonSettings):
     """Deepest nesting of a request body; more is answered 400."""
     max_sequences: int = 128
     """Most sequences of one request, prompts times choices; more is answered 400."""
+    max_schema_bytes: int = 256 * 1024
+    """Most bytes of the schemas, grammars and tools of one request together; more is answered 400."""
+    max_schema_depth: int = 32
+    """Deepest nesting of a JSON schema; more is answered 400."""
     max_images: int = 16
     """Most images of one request; more is answered 400, as is a larger image."""
     max_image_bytes: int = 8 * MIB
@@ -111,4 +115,12 @@ class Settings(CommonSettings):
     def body_limits(self) -> BodyLimits:
         """The limits of request bodies."""
         images = ImageLimits(self.max_images, self.max_image_bytes, self.max_image_pixels)
-        return BodyLimits(self.max_body_bytes, self.max_json_depth, self.slow_client_s, self.max_sequences, images)
+        return BodyLimits(
+            self.max_body_bytes,
+            self.max_json_depth,
+            self.slow_client_s,
+            self.max_sequences,
+            self.max_schema_bytes,
+            self.max_schema_depth,
+            images,
+        )

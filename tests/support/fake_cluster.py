@@ -233,7 +233,8 @@ def failed(reason: str, status: int, *, is_retryable: bool = False) -> decode_pb
 
 def committed(job: Job) -> list[decode_pb.KvReport]:
     tickets = [prompt.ticket.ticket_id for prompt in job.start.prompts if prompt.HasField("ticket")]
-    reports = [decode_pb.KvReport(ticket_id=t, result=decode_pb.KV_RESULT_COMMITTED, num_bytes=1000) for t in tickets]
+    result = decode_pb.KV_RESULT_COMMITTED
+    reports = [decode_pb.KvReport(ticket_id=t, result=result, num_bytes=1000, transport="nixl") for t in tickets]
     for report in reports:
         report.transfer_time.FromMilliseconds(2)
     return reports

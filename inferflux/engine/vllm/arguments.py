@@ -72,6 +72,8 @@ def _command_line(options: EngineOptions, dtype: str) -> list[str]:
     line += ["--max-num-seqs", str(options.max_num_seqs), "--load-format", "safetensors"]
     line += _POOLING if options.role is Role.POOLING else _GENERATION
     line += ["--disable-uvicorn-access-log", "--scheduling-policy", "priority"]
+    # Compact: small models lose themselves in white space. The backend: see grammars.BACKEND.
+    line += ["--structured-outputs-config", '{"backend": "guidance", "disable_any_whitespace": true}']
     # The gateway refuses media by address. Should one get here, it is of no domain that there is.
     line += ["--allowed-media-domains", NO_DOMAIN]
     # A cache of processed images would tell one tenant, by its speed, what another one has sent.

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Sequence
 
     from inferflux.engine.options import EngineOptions
+    from inferflux.engine.vllm.grammars import Grammars
     from inferflux.engine.vllm.llm import DecodePhase, TicketLLM
     from inferflux.engine.vllm.pooling import PoolingPhase
     from inferflux.kv.arena import Arena
@@ -57,6 +58,7 @@ class VllmEngine(Engine):
         self._reports = ReportPipe()
         self._meter = StepMeter()
         self._started: TicketLLM | None = None
+        self._grammars: Grammars | None = None
         self._app: Any = None
 
     async def start(self) -> EngineInfo:
@@ -65,14 +67,18 @@ class VllmEngine(Engine):
         from vllm.engine.arg_utils import AsyncEngineArgs  # noqa: PLC0415
 
         from inferflux.engine.vllm import plugin  # noqa: PLC0415
+        from inferflux.engine.vllm.grammars import Grammars  # noqa: PLC0415
         from inferflux.engine.vllm.llm import TicketLLM  # noqa: PLC0415
 
         plugin.register()
         plugin.fork_engine(self._options.cpu_cores, self._options.threads, self._options.parallelism.num_ranks)
+        if self._options.model_dir is not None:
+            self._grammars = Grammars(self._options.model_dir, self._options.grammar_limits)
         arena_fd = self._arena.fd if self._arena is not None else None
         args = server_arguments(self._options, self._dtype, arena_fd, self._reports.write_fd)
         engine_args = AsyncEngineArgs.from_cli_args(args)
         self._started = TicketLLM.from_engine_args(engine_args, stat_loggers=[self._meter.logger()])
+        self._started.grammars = self._grammars
         await self._build_app(args)
         if self._arena is not None:
             self._prefixes = Prefixes(self._arena, self._store, self._fingerprint())
@@ -166,6 +172,8 @@ class VllmEngine(Engine):
             phase.close()
         if phase.prompts:
             return Prefilled(tuple(phase.prompts), time.monotonic() - start)
+        if phase.refusal is not None:
+            raise phase.refusal
         if response is None:
             raise Internal("the application failed before it asked for a prompt")
         return response
@@ -228,6 +236,8 @@ class VllmEngine(Engine):
         if self._started is not None:
             self._started.shutdown()
             self._started = None
+        if self._grammars is not None:
+            self._grammars.close()
         self._reports.close()
 
 

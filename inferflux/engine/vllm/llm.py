@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from vllm.pooling_params import PoolingParams
 
     from inferflux.engine.prefix import Prefixes
+    from inferflux.engine.vllm.grammars import Grammars
     from inferflux.kv.prefixes import Opening
 
 PHASE: ContextVar[Phase | PoolingPhase | None] = ContextVar("inferflux_phase", default=None)
@@ -354,6 +355,7 @@ class TicketLLM(AsyncLLM):
         super().__init__(*args, **kwargs)
         self._send = self.engine_core.add_request_async
         self._sending: set[asyncio.Task[None]] = set()
+        self.grammars: Grammars | None = None
         self.engine_core.add_request_async = self._submit
 
     def generate(
@@ -371,6 +373,8 @@ class TicketLLM(AsyncLLM):
     ) -> AsyncGenerator[RequestOutput, None]:
         params.extra_args = transfer.without_client_values(params.extra_args)
         try:
+            if self.grammars is not None:
+                await self.grammars.admit(params.structured_outputs)
             prompt, params = phase.salted(prompt), phase.params(request_id, prompt, params)
             params._verify_args()  # noqa: SLF001 - the engine core does so too, and ends when they are wrong
         except InferfluxError as e:
