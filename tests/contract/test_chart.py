@@ -154,7 +154,7 @@ def test_the_chart_makes_all_keys_and_certificates() -> None:
     assert keys.keys() == {*pki.SECRETS, PUBLIC_FILE, "ops.token"}
     assert {len(keys[name]) for name in pki.SECRETS} == {pki.SECRET_BYTES}
     assert keys[PUBLIC_FILE] == public_key(keys[KEY_FILE])
-    assert {name.removeprefix("t-inferflux-tls-") for name in secrets if "-tls-" in name} == {*ROLES} - {"guardrails"}
+    assert {name.removeprefix("t-inferflux-tls-") for name in secrets if "-tls-" in name} == {*ROLES} - {"guardrails", "pooling"}
 
 
 def test_grace_covers_the_drain() -> None:
