@@ -147,7 +147,7 @@ def test_each_process_gets_its_own_keys_and_no_others(overlay: str) -> None:
 
 
 def test_the_chart_makes_all_keys_and_certificates() -> None:
-    """Those of a cluster on one machine, and the token of the operations port; it starts no guardrail or pooling workers."""
+    """Those of a cluster on one machine, and the token of the operations port; no guardrail or pooling workers."""
     secrets = {s["metadata"]["name"]: s for s in of_kind("laptop", "Secret")}
 
     keys = {name: base64.b64decode(text) for name, text in secrets["t-inferflux-keys"]["data"].items()}
