@@ -53,7 +53,7 @@ async def by_ticket(engines: Engines, call: HttpCall) -> Response:
 
 
 async def test_prefill_on_two_ray_nodes_for_decode_with_one_rank(ray_nodes: RayCluster) -> None:
-    two = Parallelism(tensor=2, executor="ray", ray_address=ray_nodes.address)
+    two = Parallelism(tensor=2, nodes=2, ray_address=ray_nodes.address)
     with pair(options(LLAMA, Role.PREFILL, two), options(LLAMA, Role.DECODE)) as engines:
         await engines.prefill.check_numerics()
         for length in LENGTHS:
@@ -64,7 +64,7 @@ async def test_prefill_on_two_ray_nodes_for_decode_with_one_rank(ray_nodes: RayC
 
 @pytest.mark.parametrize(
     "parallelism",
-    [Parallelism(tensor=2, expert=True, executor="ray"), Parallelism(data=2, expert=True, executor="ray")],
+    [Parallelism(tensor=2, expert=True, nodes=2), Parallelism(data=2, expert=True, nodes=2)],
     ids=["two ranks", "two replicas"],
 )
 async def test_a_mixture_of_experts_decodes_on_two_ray_nodes(ray_nodes: RayCluster, parallelism: Parallelism) -> None:
