@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -62,6 +63,17 @@ async def test_prefill_on_two_ray_nodes_for_decode_with_one_rank(ray_nodes: RayC
             assert response.token_ids() == await alone(engines.decode, question(length)), length
 
 
+async def until_experts_are_counted(engine: HostedEngine) -> None:
+    """Each token that was decoded went to two of eight experts in each of three layers, and all of that is counted."""
+    chosen, deadline = 2 * 3, time.monotonic() + 60
+    while sum(tokens := await engine.expert_tokens()) < len(LENGTHS) * 12 * chosen:
+        assert time.monotonic() < deadline, tokens
+        await ask(engine, question(LENGTHS[0]))
+    assert len(tokens) == 8
+    assert sum(tokens) % chosen == 0
+    assert sum(map(bool, tokens)) > 1
+
+
 @pytest.mark.parametrize(
     "parallelism",
     [Parallelism(tensor=2, expert=True, nodes=2), Parallelism(data=2, expert=True, nodes=2)],
@@ -76,3 +88,4 @@ async def test_a_mixture_of_experts_decodes_on_two_ray_nodes(ray_nodes: RayClust
             response = await by_ticket(engines, question(length))
             assert (response.report.result, response.token_ids()) == ("committed", expected), length
             assert len(set(expected)) > 3, "a model that repeats itself proves nothing"
+        await until_experts_are_counted(engines.decode)

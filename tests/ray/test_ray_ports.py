@@ -92,7 +92,7 @@ def test_each_port_asks_for_the_token(ray_nodes: RayCluster) -> None:
 
 
 def test_nothing_listens_that_engines_have_no_use_for(ray_nodes: RayCluster) -> None:
-    """No dashboard and no exporter of metrics. Ray's server for remote clients can't be left out: it asks for the token."""
+    """No dashboard and no exporter of metrics. What serves remote clients is always there and asks for the token."""
     ports = {port for _, port in listeners(ray_nodes.environ["RAY_AUTH_TOKEN"])}
 
     assert ports

@@ -10,6 +10,7 @@ import ray
 from ray.util import placement_group, placement_group_table
 from vllm.v1.executor import ray_utils
 
+from inferflux.engine.layout import check_spread, strategy
 from inferflux.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -39,38 +40,20 @@ def reserve_on(device: str, nodes: Sequence[str]) -> Any:
     return group
 
 
-def strategy(num_ranks: int, num_nodes: int) -> str:
-    """Ray's name for it. Between the two extremes Ray packs as well as the nodes' sizes let it."""
-    if num_nodes == 1:
-        return "STRICT_PACK"
-    return "STRICT_SPREAD" if num_nodes == num_ranks else "PACK"
-
-
-def check_spread(ranks_of_nodes: Counter[str], num_ranks: int, num_nodes: int) -> None:
-    """Raise ConfigError unless each of `num_nodes` nodes has equally many ranks."""
-    if sorted(ranks_of_nodes.values()) != [num_ranks // num_nodes] * num_nodes:
-        found = ", ".join(map(str, sorted(ranks_of_nodes.values())))
-        wanted = f"{num_ranks} ranks on {num_nodes} nodes take {num_ranks // num_nodes} on each"
-        raise ConfigError(f"nodes: {wanted}, Ray has room for {found}")
-
-
 def wait_for_nodes(device: str, ranks_per_node: int, num_nodes: int) -> list[str]:
     """Wait for the nodes of a whole worker; their ids, the driver's first, in an order that all replicas agree on.
 
     The first replica's first rank is where the others look for it: on the driver's node.
     """
     deadline = time.monotonic() + WAIT_S
-    while len(found := [n for n in ray.nodes() if n["Alive"] and n["Resources"].get(device, 0) >= ranks_per_node]) < (
-        num_nodes
-    ):
+    while len(found := _nodes_with(device, ranks_per_node)) < num_nodes:
         if time.monotonic() > deadline:
             raise ConfigError(f"nodes: {num_nodes} with {ranks_per_node} ranks each are wanted, Ray has {len(found)}")
         time.sleep(POLL_S)
     own = ray.get_runtime_context().get_node_id()
-    return sorted((n["NodeID"] for n in found), key=lambda node: (node != own, node))[:num_nodes]
+    return sorted(found, key=lambda node: (node != own, node))[:num_nodes]
 
 
-def share(nodes: Sequence[str], num_ranks: int, replica: int, num_replicas: int) -> list[str]:
-    """The node of each of a replica's `num_ranks`, when all replicas' ranks fill `nodes` one after the other."""
-    total = num_replicas * num_ranks
-    return [nodes[(replica * num_ranks + i) * len(nodes) // total] for i in range(num_ranks)]
+def _nodes_with(device: str, amount: int) -> list[str]:
+    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    return [node["NodeID"] for node in nodes if node["Alive"] and node["Resources"].get(device, 0) >= amount]

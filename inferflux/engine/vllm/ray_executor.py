@@ -17,8 +17,9 @@ from vllm.distributed import parallel_state
 from vllm.platforms import current_platform
 from vllm.v1.executor import ray_executor_v2
 
+from inferflux.engine.layout import share
 from inferflux.engine.vllm.arguments import INHERITED, NODES, REPLICA_NODES
-from inferflux.engine.vllm.placement import reserve, reserve_on, share, wait_for_nodes
+from inferflux.engine.vllm.placement import reserve, reserve_on, wait_for_nodes
 from inferflux.kv import handout
 
 RANK_RESOURCE = "inferflux_rank"
@@ -57,8 +58,9 @@ class RayExecutor(ray_executor_v2.RayExecutorV2):
         if current_platform.is_cpu():
             type(current_platform).ray_device_key = RANK_RESOURCE
             ray_executor_v2.RayWorkerProc = CpuRank
-        # Never start a cluster of our own: its ports would be open to whoever reaches them.
-        ray.init(address=os.environ["RAY_ADDRESS"], log_to_driver=False, namespace="inferflux")
+        # Never start a cluster of our own: its ports would be open to whoever reaches them. In a namespace of its own,
+        # since replicas name their ranks alike.
+        ray.init(address=os.environ["RAY_ADDRESS"], log_to_driver=False)
         self._reserve_nodes()
         self._handout = ExitStack()
         extra = self.vllm_config.kv_transfer_config.kv_connector_extra_config
