@@ -51,7 +51,10 @@ def listeners(token: str) -> dict[tuple[str, int], str]:
 
 
 def _reachable(ip: str) -> str:
-    return "127.0.0.1" if ipaddress.ip_address(ip).is_unspecified else ip
+    address = ipaddress.ip_address(ip)
+    if address.is_unspecified:
+        return "127.0.0.1"
+    return str(getattr(address, "ipv4_mapped", None) or address)
 
 
 def call(address: tuple[str, int], method: str, token: str | None) -> grpc.StatusCode:
