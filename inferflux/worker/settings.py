@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from inferflux.config import CommonSettings
-from inferflux.engine.options import MIB, EngineOptions, Parallelism
+from inferflux.engine.options import MIB, EngineOptions, GrammarLimits, Parallelism
 from inferflux.kv import nixl
 from inferflux.models.rules import SignaturePolicy
 from inferflux.types import Role, Transport
@@ -76,6 +76,10 @@ class WorkerSettings(CommonSettings):
     """Hosts of the Ray cluster that the ranks are spread over, equally many on each; 0: as there is room."""
     ray_address: str = "auto"
     """Where the Ray cluster is, host:port; auto: a node of it runs on this host."""
+    grammar_cpu_s: int = 2
+    """CPU time that compiling one grammar of structured output (a JSON schema, a regular expression) may take."""
+    grammar_memory_bytes: int = 256 * MIB
+    """Memory that compiling one grammar of structured output may take."""
     sim_profile: Path | None = None
     """Sizes and latencies of the simulated engine."""
     numerics_reference: Path | None = None
@@ -100,6 +104,9 @@ class WorkerSettings(CommonSettings):
             raise ValueError("INFERFLUX_KV_TRANSPORT: nixl is not installed: pip install 'inferflux[nixl]'")
         if not 0 <= self.kv_pinned_share <= 1:
             raise ValueError(f"INFERFLUX_KV_PINNED_SHARE: {self.kv_pinned_share} is not between 0 and 1")
+        for name in ("grammar_cpu_s", "grammar_memory_bytes"):
+            if (value := getattr(self, name)) < 1:
+                raise ValueError(f"INFERFLUX_{name.upper()}: {value} is not at least 1")
         parse_cores(self.cpu_cores)
         self._check_parallelism()
 
@@ -156,6 +163,7 @@ class WorkerSettings(CommonSettings):
             parallelism=self.parallelism,
             numerics_reference=model.numerics_reference,
             sim_profile=self.sim_profile,
+            grammar_limits=GrammarLimits(self.grammar_cpu_s, self.grammar_memory_bytes),
         )
 
 

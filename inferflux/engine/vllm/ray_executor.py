@@ -63,8 +63,9 @@ class RayExecutor(ray_executor_v2.RayExecutorV2):
         ray.init(address=os.environ["RAY_ADDRESS"], log_to_driver=False)
         self._reserve_nodes()
         self._handout = ExitStack()
-        extra = self.vllm_config.kv_transfer_config.kv_connector_extra_config
-        if extra["arena_fd"] is not None:
+        transfer = self.vllm_config.kv_transfer_config
+        extra = {} if transfer is None else transfer.kv_connector_extra_config
+        if extra.get("arena_fd") is not None:
             extra["arena_socket"] = str(self._handout.enter_context(handout.offered(extra["arena_fd"])))
         super()._init_executor()
         take_name_away(self.rpc_broadcast_mq)
