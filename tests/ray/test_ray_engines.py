@@ -63,6 +63,12 @@ async def test_prefill_on_two_ray_nodes_for_decode_with_one_rank(ray_nodes: RayC
             assert response.token_ids() == await alone(engines.decode, question(length)), length
 
 
+@pytest.fixture(scope="module")
+def mixture_of_one_rank() -> Iterator[HostedEngine]:
+    with hosted("vllm", options(QWEN_MOE, Role.PREFILL)) as (engine,):
+        yield engine
+
+
 async def until_experts_are_counted(engine: HostedEngine) -> None:
     """Each token that was decoded went to two of eight experts in each of three layers, and all of that is counted."""
     chosen, deadline = 2 * 3, time.monotonic() + 60
@@ -79,9 +85,12 @@ async def until_experts_are_counted(engine: HostedEngine) -> None:
     [Parallelism(tensor=2, expert=True, nodes=2), Parallelism(data=2, expert=True, nodes=2)],
     ids=["two ranks", "two replicas"],
 )
-async def test_a_mixture_of_experts_decodes_on_two_ray_nodes(ray_nodes: RayCluster, parallelism: Parallelism) -> None:
+async def test_a_mixture_of_experts_decodes_on_two_ray_nodes(
+    ray_nodes: RayCluster, mixture_of_one_rank: HostedEngine, parallelism: Parallelism
+) -> None:
     spread = options(QWEN_MOE, Role.DECODE, replace(parallelism, ray_address=ray_nodes.address))
-    with pair(options(QWEN_MOE, Role.PREFILL), spread) as engines:
+    with hosted("vllm", spread) as (decode,):
+        engines = Engines("vllm", "m", mixture_of_one_rank, decode)
         await engines.decode.check_numerics()
         for length in LENGTHS:
             expected = await alone(engines.prefill, question(length))
