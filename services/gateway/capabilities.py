@@ -14,7 +14,7 @@ from inferflux.models.capabilities import Capability
 from inferflux.telemetry import metrics
 from services.gateway.views import Model
 
-_POOLING = ("/v1/embeddings", "/v2/embed", "/v1/score", "/score", "/v1/rerank", "/v2/rerank", "/rerank")
+_SCORE = ("/v1/score", "/score", "/v1/rerank", "/v2/rerank", "/rerank")
 _BY_PATH = {
     "/v1/chat/completions": Capability.CHAT,
     "/v1/chat/completions/render": Capability.CHAT,
@@ -25,7 +25,9 @@ _BY_PATH = {
     "/v1/messages": Capability.MESSAGES,
     "/v1/messages/render": Capability.MESSAGES,
     "/v1/messages/count_tokens": Capability.MESSAGES,
-    **dict.fromkeys((*_POOLING, "/classify", "/pooling"), Capability.EMBEDDINGS),
+    **dict.fromkeys(("/v1/embeddings", "/v2/embed", "/pooling"), Capability.EMBEDDINGS),
+    **dict.fromkeys(_SCORE, Capability.SCORE),
+    "/classify": Capability.CLASSIFY,
 }
 _IMAGE_PARTS = frozenset({"image_url", "input_image", "image"})
 _OUTPUT_LIMITS = ("max_completion_tokens", "max_output_tokens", "max_tokens")

@@ -12,6 +12,7 @@ from inferflux.engine.base import Engine, EngineInfo, EngineLoad, KvSource, Pref
 from inferflux.engine.options import auto_dtype
 from inferflux.engine.prefix import Prefixes
 from inferflux.engine.reference import load as load_reference
+from inferflux.engine.reference import load_embedding
 from inferflux.engine.resume import Withheld
 from inferflux.engine.vllm.arguments import server_arguments, set_environment
 from inferflux.engine.vllm.transfer import Report
@@ -23,7 +24,7 @@ from inferflux.errors import (
     Unavailable,
     WorkerLost,
 )
-from inferflux.types import End, ErrorDetail, Frame, HttpAnswer, KvReport, ModelFingerprint, RequestContext
+from inferflux.types import End, ErrorDetail, Frame, HttpAnswer, KvReport, ModelFingerprint, RequestContext, Role
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Sequence
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from inferflux.engine.options import EngineOptions
     from inferflux.engine.vllm.grammars import Grammars
     from inferflux.engine.vllm.llm import DecodePhase, TicketLLM
+    from inferflux.engine.vllm.pooling import PoolingPhase
     from inferflux.kv.arena import Arena
     from inferflux.kv.prefixes import PrefixStore
     from inferflux.types import Delivered, HttpCall
@@ -50,7 +52,9 @@ class VllmEngine(Engine):
         self._arena = arena
         self._store = store
         self._prefixes: Prefixes | None = None
-        self._dtype = auto_dtype() if options.dtype == "auto" else options.dtype
+        self._is_pooling = options.role is Role.POOLING
+        self._dtype = self._auto_dtype() if options.dtype == "auto" else options.dtype
+        self._tasks: tuple[Any, ...] = ()
         self._reports = ReportPipe()
         self._meter = StepMeter()
         self._started: TicketLLM | None = None
@@ -81,6 +85,10 @@ class VllmEngine(Engine):
         self._reports.listen()
         return self._info()
 
+    def _auto_dtype(self) -> str:
+        # Vectors are kept and compared for years: they get the precision that their model was published in.
+        return "float32" if self._is_pooling else auto_dtype()
+
     @property
     def _llm(self) -> TicketLLM:
         if self._started is None:
@@ -93,8 +101,8 @@ class VllmEngine(Engine):
 
         from inferflux.engine.vllm.identity import derive_from_requests  # noqa: PLC0415
 
-        tasks = await self._llm.get_supported_tasks()
-        self._app = build_app(args, tasks)
+        self._tasks = tasks = await self._llm.get_supported_tasks()
+        self._app = build_app(args, tasks, self._llm.model_config)
         await init_app_state(self._llm, self._app.state, args, tasks)
         derive_from_requests()
 
@@ -108,8 +116,15 @@ class VllmEngine(Engine):
             max_model_len=config.model_config.max_model_len,
             max_num_seqs=config.scheduler_config.max_num_seqs,
             slot_bytes=self._arena.slot_bytes if self._arena is not None else 0,
-            capabilities=("chat", "completion", "responses", "messages", "tools", "json_schema", "logprobs"),
+            capabilities=self._capabilities(),
         )
+
+    def _capabilities(self) -> tuple[str, ...]:
+        from inferflux.engine.vllm import pooling  # noqa: PLC0415
+
+        if self._is_pooling:
+            return pooling.capabilities(self._tasks, self._llm.vllm_config.model_config)
+        return ("chat", "completion", "responses", "messages", "tools", "json_schema", "logprobs")
 
     def _fingerprint(self) -> ModelFingerprint:
         import vllm  # noqa: PLC0415
@@ -118,8 +133,8 @@ class VllmEngine(Engine):
         return ModelFingerprint(
             weights_digest=self._options.model_digest,
             dtype=self._dtype,
-            layout=f"vllm-{vllm.__version__}/{_packing(config)}/layer-head",
-            block_size=config.cache_config.block_size,
+            layout=f"vllm-{vllm.__version__}/{'pooling' if self._is_pooling else _packing(config) + '/layer-head'}",
+            block_size=config.cache_config.block_size or 0,
         )
 
     async def check_numerics(self) -> None:
@@ -128,7 +143,11 @@ class VllmEngine(Engine):
 
         if self._options.numerics_reference is None:
             raise NumericsMismatch(f"numerics: no reference for model {self._options.model}; make one with inferctl")
-        await numerics.check(self._llm, load_reference(self._options.numerics_reference), self._dtype)
+        path = self._options.numerics_reference
+        if self._is_pooling:
+            await numerics.check_embedding(self._llm, load_embedding(path), self._dtype)
+        else:
+            await numerics.check(self._llm, load_reference(path), self._dtype)
 
     async def prefill(self, context: RequestContext, call: HttpCall) -> Prefilled | HttpAnswer:
         """See Engine.prefill. The application's answer counts only if it never got as far as the engine."""
@@ -167,8 +186,13 @@ class VllmEngine(Engine):
         from inferflux.engine.vllm.application import Exchange  # noqa: PLC0415
         from inferflux.engine.vllm.identity import IDENTITY, Identity  # noqa: PLC0415
         from inferflux.engine.vllm.llm import PHASE, DecodePhase  # noqa: PLC0415
+        from inferflux.engine.vllm.pooling import PoolingPhase  # noqa: PLC0415
 
-        phase = DecodePhase(context.cache_salt, context.priority, sources, delivered, call.path)
+        phase: DecodePhase | PoolingPhase
+        if self._is_pooling:
+            phase = PoolingPhase(context.cache_salt, context.priority)
+        else:
+            phase = DecodePhase(context.cache_salt, context.priority, sources, delivered, call.path)
         PHASE.set(phase)
         IDENTITY.set(Identity(context.request_id, context.created_s))
         exchange = Exchange(self._app, call, context.request_id, phase.take_tokens)
@@ -186,7 +210,7 @@ class VllmEngine(Engine):
                         yield told
             yield Frame(kv=reports.rest(), choices=phase.take_tokens(), end=self._end(phase))
 
-    def _end(self, phase: DecodePhase) -> End:
+    def _end(self, phase: DecodePhase | PoolingPhase) -> End:
         error = None
         if self._llm.errored:
             error = ErrorDetail.of(WorkerLost("the worker's engine died"))
