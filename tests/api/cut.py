@@ -34,7 +34,10 @@ def cut(full: dict[str, Any]) -> dict[str, Any]:
     paths: dict[str, Any] = {}
     for path, method in OPERATIONS:
         operation = slim(full["paths"][path][method])
-        answers = {"200": {"description": "", **operation["responses"]["200"]}, "4XX": ERROR, "5XX": ERROR}
+        content = operation["responses"]["200"]["content"]
+        if method == "post":
+            content["text/event-stream"] = {}  # as described, not even OpenAI's own have a null as finish_reason
+        answers = {"200": {"description": "", "content": content}, "4XX": ERROR, "5XX": ERROR}
         paths.setdefault(path, {})[method] = {**operation, "responses": answers}
     components: dict[str, Any] = {}
     wanted = [*refs(paths)]
