@@ -23,6 +23,7 @@ INHERITED = (
     "OMP_NUM_THREADS",
     "THP_MEM_ALLOC_ENABLE",
     "VLLM_CPU_OMP_THREADS_BIND",
+    "VLLM_ENFORCE_STRICT_TOOL_CALLING",
     "VLLM_LOGGING_LEVEL",
     "VLLM_PLUGINS",
     "PYTHONPATH",
@@ -45,6 +46,7 @@ def set_environment(options: EngineOptions) -> None:
         VLLM_DO_NOT_TRACK="1",
         VLLM_MEDIA_URL_ALLOW_REDIRECTS="0",
         VLLM_PLUGINS="inferflux",
+        VLLM_ENFORCE_STRICT_TOOL_CALLING="0",  # its structural tags are xgrammar's alone: see grammars.BACKEND
     )
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     if options.parallelism.executor == "ray":

@@ -187,6 +187,7 @@ class VllmEngine(Engine):
         from inferflux.engine.vllm.identity import IDENTITY, Identity  # noqa: PLC0415
         from inferflux.engine.vllm.llm import PHASE, DecodePhase  # noqa: PLC0415
         from inferflux.engine.vllm.pooling import PoolingPhase  # noqa: PLC0415
+        from inferflux.engine.vllm.shape import shaped  # noqa: PLC0415
 
         phase: DecodePhase | PoolingPhase
         if self._is_pooling:
@@ -205,6 +206,8 @@ class VllmEngine(Engine):
                         raise phase.refusal
                     if self._llm.errored:
                         break  # what the application says of it is no part of a response that goes on elsewhere
+                    if exchange.is_json and message.get("body"):
+                        message["body"] = shaped(message["body"])
                     frame = _frame(message, reports.take())
                     if frame is not None and (told := withheld.remainder(frame)) is not None:
                         yield told
