@@ -233,6 +233,13 @@ CLAIM_SECONDS = Histogram(
     registry=REGISTRY,
 )
 
+EXPERT_TOKENS = Counter(
+    "inferflux_expert_tokens",
+    "Tokens that an engine with expert parallelism sent to an expert of a mixture, summed over its layers.",
+    ("expert",),
+    registry=REGISTRY,
+)
+
 # --- prefixes ---------------------------------------------------------------------------------------------------------
 
 PREFIX_REQUESTS = Counter(
