@@ -287,6 +287,12 @@ POLICY_SNAPSHOT_AGE = Gauge(
     "Time since a gateway last heard of the policy service, in seconds.",
     registry=REGISTRY,
 )
+POLICY_SHADOW = Counter(
+    "inferflux_policy_shadow",
+    "Requests that a policy in shadow was asked about, by what it would have done: same, refuse, allow, redact.",
+    ("outcome",),
+    registry=REGISTRY,
+)
 POLICY_REFUSED = Counter(
     "inferflux_policy_refused",
     "Policies that a gateway did not use and kept the last good one, by why: signature, document.",
