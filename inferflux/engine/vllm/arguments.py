@@ -81,6 +81,8 @@ def _command_line(options: EngineOptions, dtype: str) -> list[str]:
     line += ["--structured-outputs-config", '{"backend": "guidance", "disable_any_whitespace": true}']
     # The gateway refuses media by address. Should one get here, it is of no domain that there is.
     line += ["--allowed-media-domains", NO_DOMAIN]
+    # A cache of processed images would tell one tenant, by its speed, what another one has sent.
+    line += ["--mm-processor-cache-gb", "0"]
     if options.max_model_len:
         line += ["--max-model-len", str(options.max_model_len)]
     if options.block_size:
