@@ -116,7 +116,9 @@ def _check_identity(settings: WorkerSettings, verified: Verified) -> None:
 def _as_it_lies(settings: WorkerSettings, role: Role) -> LoadableModel:
     folder, able = settings.model_dir, None
     if folder is not None and role is not Role.POOLING:  # its engine knows what the model was made for
-        able = capabilities.of_generative(has_chat_template=manifest.has_chat_template(folder))
+        able = capabilities.of_generative(
+            has_chat_template=manifest.has_chat_template(folder), has_vision=manifest.has_vision(folder)
+        )
     return LoadableModel(folder, settings.model_digest, settings.numerics_reference, able)
 
 

@@ -25,6 +25,7 @@ INHERITED = (
     "OMP_NUM_THREADS",
     "THP_MEM_ALLOC_ENABLE",
     "VLLM_CPU_OMP_THREADS_BIND",
+    "VLLM_ENFORCE_STRICT_TOOL_CALLING",
     "VLLM_LOGGING_LEVEL",
     "VLLM_PLUGINS",
     "PYTHONPATH",
@@ -47,6 +48,7 @@ def set_environment(options: EngineOptions) -> None:
         VLLM_DO_NOT_TRACK="1",
         VLLM_MEDIA_URL_ALLOW_REDIRECTS="0",
         VLLM_PLUGINS="inferflux",
+        VLLM_ENFORCE_STRICT_TOOL_CALLING="0",  # its structural tags are xgrammar's alone: see grammars.BACKEND
     )
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     if options.parallelism.uses_ray:
@@ -79,6 +81,8 @@ def _command_line(options: EngineOptions, dtype: str) -> list[str]:
     line += ["--structured-outputs-config", '{"backend": "guidance", "disable_any_whitespace": true}']
     # The gateway refuses media by address. Should one get here, it is of no domain that there is.
     line += ["--allowed-media-domains", NO_DOMAIN]
+    # A cache of processed images would tell one tenant, by its speed, what another one has sent.
+    line += ["--mm-processor-cache-gb", "0"]
     if options.max_model_len:
         line += ["--max-model-len", str(options.max_model_len)]
     if options.block_size:

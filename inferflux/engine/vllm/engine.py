@@ -101,12 +101,14 @@ class VllmEngine(Engine):
         from vllm.entrypoints.launchers.api_server.app_state import init_app_state  # noqa: PLC0415
         from vllm.entrypoints.launchers.app import build_app  # noqa: PLC0415
 
+        from inferflux.engine.vllm import vision  # noqa: PLC0415
         from inferflux.engine.vllm.identity import derive_from_requests  # noqa: PLC0415
 
         self._tasks = tasks = await self._llm.get_supported_tasks()
         self._app = build_app(args, tasks, self._llm.model_config)
         await init_app_state(self._llm, self._app.state, args, tasks)
         derive_from_requests()
+        vision.time_preprocessing(self._llm, self._options.role)
 
     def _info(self) -> EngineInfo:
         config = self._llm.vllm_config
@@ -122,11 +124,12 @@ class VllmEngine(Engine):
         )
 
     def _capabilities(self) -> tuple[str, ...]:
-        from inferflux.engine.vllm import pooling  # noqa: PLC0415
+        from inferflux.engine.vllm import pooling, vision  # noqa: PLC0415
 
         if self._is_pooling:
             return pooling.capabilities(self._tasks, self._llm.vllm_config.model_config)
-        return ("chat", "completion", "responses", "messages", "tools", "json_schema", "logprobs")
+        able = ("chat", "completion", "responses", "messages", "tools", "json_schema", "logprobs")
+        return (*able, "vision") if vision.can_see(self._llm) else able
 
     def _fingerprint(self) -> ModelFingerprint:
         import vllm  # noqa: PLC0415
@@ -189,6 +192,7 @@ class VllmEngine(Engine):
         from inferflux.engine.vllm.identity import IDENTITY, Identity  # noqa: PLC0415
         from inferflux.engine.vllm.llm import PHASE, DecodePhase  # noqa: PLC0415
         from inferflux.engine.vllm.pooling import PoolingPhase  # noqa: PLC0415
+        from inferflux.engine.vllm.shape import shaped  # noqa: PLC0415
 
         phase: DecodePhase | PoolingPhase
         if self._is_pooling:
@@ -207,6 +211,8 @@ class VllmEngine(Engine):
                         raise phase.refusal
                     if self._llm.errored:
                         break  # what the application says of it is no part of a response that goes on elsewhere
+                    if exchange.is_json and message.get("body"):
+                        message["body"] = shaped(message["body"])
                     frame = _frame(message, reports.take())
                     if frame is not None and (told := withheld.remainder(frame)) is not None:
                         yield told
