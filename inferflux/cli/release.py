@@ -107,7 +107,8 @@ def describe(wish: Wish, version: int, numerics: str, files: dict[str, SignedFil
         architectures=tuple(map(str, config.get("architectures") or ())),
         tokenizer=tuple(sorted(n for n in files if is_tokenizer(n))),
         chat_template=files[template].sha256 if template else embedded_template(wish.folder),
-        capabilities=wish.capabilities or capabilities.of_generative(has_chat_template=has_template),
+        capabilities=wish.capabilities
+        or capabilities.of_generative(has_chat_template=has_template, has_vision=manifest.has_vision(wish.folder)),
         max_context=int(config.get("max_position_embeddings") or 0),
         numerics=numerics,
         licence=wish.licence,

@@ -27,9 +27,10 @@ POOLING = frozenset({Capability.EMBEDDINGS, Capability.SCORE, Capability.CLASSIF
 GENERATIVE = frozenset(Capability) - POOLING - {Capability.VISION, Capability.LORA}
 
 
-def of_generative(*, has_chat_template: bool) -> tuple[str, ...]:
+def of_generative(*, has_chat_template: bool, has_vision: bool = False) -> tuple[str, ...]:
     """What a language model can do when nobody says otherwise: without a template there is no conversation."""
     able = GENERATIVE if has_chat_template else GENERATIVE - NEED_A_TEMPLATE
+    able |= {Capability.VISION} if has_vision else set()
     return tuple(c.value for c in Capability if c in able)
 
 

@@ -82,7 +82,7 @@ async def _checked(settings: WorkerSettings, role: Role, stack: ExitStack) -> Lo
         _log.warning("model does not verify", extra={"reason": e.message, "model": settings.model})
         return _as_it_lies(settings, role)
     metrics.MODEL_VERIFICATIONS.labels("verified").inc()
-    if settings.executor == "ray":  # its ranks may be on hosts where our descriptors mean nothing
+    if settings.parallelism.uses_ray:  # its ranks may be on hosts where our descriptors mean nothing
         return _verified(settings, role, folder, verified, settings.model_dir)
     view = settings.run_dir / f"{settings.instance_id}.model"
     stack.callback(shutil.rmtree, view, ignore_errors=True)
@@ -116,7 +116,9 @@ def _check_identity(settings: WorkerSettings, verified: Verified) -> None:
 def _as_it_lies(settings: WorkerSettings, role: Role) -> LoadableModel:
     folder, able = settings.model_dir, None
     if folder is not None and role is not Role.POOLING:  # its engine knows what the model was made for
-        able = capabilities.of_generative(has_chat_template=manifest.has_chat_template(folder))
+        able = capabilities.of_generative(
+            has_chat_template=manifest.has_chat_template(folder), has_vision=manifest.has_vision(folder)
+        )
     return LoadableModel(folder, settings.model_digest, settings.numerics_reference, able)
 
 

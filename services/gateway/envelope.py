@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from inferflux.errors import BodyTooLarge, InvalidRequest, RequestTimeout
-from services.gateway import bounds, capabilities, media, schemas, strict_json
+from services.gateway import bounds, capabilities, images, media, schemas, strict_json
 from services.gateway.asgi import ClientGone, Headers, Receive
 from services.gateway.bounds import Price
 from services.gateway.capabilities import Wants
+from services.gateway.images import ImageLimits
 
 MAX_MODEL_NAME = 256
 # A body must keep arriving at this rate after the grace time; a phone on a bad link sends faster.
@@ -33,6 +34,7 @@ class BodyLimits:
     max_sequences: int = 128
     max_schema_bytes: int = 256 << 10
     max_schema_depth: int = 32
+    images: ImageLimits = field(default_factory=ImageLimits)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +93,7 @@ def parse(body: bytes, limits: BodyLimits) -> Envelope:
         raise InvalidRequest("cache_salt is not a client's to choose: caches are a tenant's own", param="cache_salt")
     media.refuse_addresses(body, document)
     schemas.check(document, limits.max_schema_bytes, limits.max_schema_depth)
+    images.check(body, document, limits.images)
     return Envelope(model, bounds.price(document, limits.max_sequences), capabilities.read(document))
 
 

@@ -25,11 +25,16 @@ def refuse_addresses(body: bytes, document: Mapping[str, Any]) -> None:
         return
     for image in document.get("images") or () if isinstance(document.get("images"), list) else ():
         _require_embedded(image, "images")
-    for node in _objects({name: value for name, value in document.items() if name not in _SCHEMAS}):
+    for node in parts(document):
         if not _PARTS.isdisjoint(node):
             _check_part(node)
         if isinstance(source := node.get("source"), dict) and "url" in source:
             _require_embedded(source["url"], "source.url")
+
+
+def parts(document: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield all objects of a call that may be content parts: not those of schemas and of arguments of tools."""
+    return _objects({name: value for name, value in document.items() if name not in _SCHEMAS})
 
 
 def _check_part(part: dict[str, Any]) -> None:

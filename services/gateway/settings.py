@@ -8,6 +8,7 @@ from pathlib import Path
 from inferflux.config import CommonSettings, env_name
 from services.gateway.envelope import BodyLimits
 from services.gateway.idempotency import RecordLimits
+from services.gateway.images import ImageLimits
 from services.gateway.pool import Terms
 from services.gateway.routing import LocalPrefill
 
@@ -34,6 +35,12 @@ class Settings(CommonSettings):
     """Most bytes of the schemas, grammars and tools of one request together; more is answered 400."""
     max_schema_depth: int = 32
     """Deepest nesting of a JSON schema; more is answered 400."""
+    max_images: int = 16
+    """Most images of one request; more is answered 400, as is a larger image."""
+    max_image_bytes: int = 8 * MIB
+    """Largest image, as it comes in base64 but counted without it."""
+    max_image_pixels: int = 1 << 24
+    """Largest width times height of an image."""
     max_header_bytes: int = 32 * 1024
     """Largest request line and headers together; more is answered 431."""
     max_headers: int = 100
@@ -54,6 +61,8 @@ class Settings(CommonSettings):
     """Deadline of a request from its arrival; `x-inferflux-timeout-ms` may shorten it."""
     drain_timeout_s: float = 600.0
     """Longest that running requests may take after SIGTERM; then they end with an error."""
+    policy_max_age_s: float = 3600.0
+    """How long the last policy stays in force without a word of the policy service; then 503. 0: for ever."""
     guardrails_address: str = ""
     """gRPC address of the guardrail workers; without one, rules that need them have no verdicts."""
     opa_url: str = ""
@@ -107,6 +116,7 @@ class Settings(CommonSettings):
     @property
     def body_limits(self) -> BodyLimits:
         """The limits of request bodies."""
+        images = ImageLimits(self.max_images, self.max_image_bytes, self.max_image_pixels)
         return BodyLimits(
             self.max_body_bytes,
             self.max_json_depth,
@@ -114,4 +124,5 @@ class Settings(CommonSettings):
             self.max_sequences,
             self.max_schema_bytes,
             self.max_schema_depth,
+            images,
         )

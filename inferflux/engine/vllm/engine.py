@@ -14,8 +14,9 @@ from inferflux.engine.prefix import Prefixes
 from inferflux.engine.reference import load as load_reference
 from inferflux.engine.reference import load_embedding
 from inferflux.engine.resume import Withheld
+from inferflux.engine.vllm import transfer
 from inferflux.engine.vllm.arguments import server_arguments, set_environment
-from inferflux.engine.vllm.transfer import Report
+from inferflux.engine.vllm.transfer import ExpertReport, Report
 from inferflux.errors import (
     ConfigError,
     EngineFailed,
@@ -24,6 +25,7 @@ from inferflux.errors import (
     Unavailable,
     WorkerLost,
 )
+from inferflux.telemetry import metrics
 from inferflux.types import End, ErrorDetail, Frame, HttpAnswer, KvReport, ModelFingerprint, RequestContext, Role
 
 if TYPE_CHECKING:
@@ -99,12 +101,14 @@ class VllmEngine(Engine):
         from vllm.entrypoints.launchers.api_server.app_state import init_app_state  # noqa: PLC0415
         from vllm.entrypoints.launchers.app import build_app  # noqa: PLC0415
 
+        from inferflux.engine.vllm import vision  # noqa: PLC0415
         from inferflux.engine.vllm.identity import derive_from_requests  # noqa: PLC0415
 
         self._tasks = tasks = await self._llm.get_supported_tasks()
         self._app = build_app(args, tasks, self._llm.model_config)
         await init_app_state(self._llm, self._app.state, args, tasks)
         derive_from_requests()
+        vision.time_preprocessing(self._llm, self._options.role)
 
     def _info(self) -> EngineInfo:
         config = self._llm.vllm_config
@@ -120,11 +124,12 @@ class VllmEngine(Engine):
         )
 
     def _capabilities(self) -> tuple[str, ...]:
-        from inferflux.engine.vllm import pooling  # noqa: PLC0415
+        from inferflux.engine.vllm import pooling, vision  # noqa: PLC0415
 
         if self._is_pooling:
             return pooling.capabilities(self._tasks, self._llm.vllm_config.model_config)
-        return ("chat", "completion", "responses", "messages", "tools", "json_schema", "logprobs")
+        able = ("chat", "completion", "responses", "messages", "tools", "json_schema", "logprobs")
+        return (*able, "vision") if vision.can_see(self._llm) else able
 
     def _fingerprint(self) -> ModelFingerprint:
         import vllm  # noqa: PLC0415
@@ -286,8 +291,10 @@ class ReportPipe:
         with contextlib.suppress(BlockingIOError):
             self._buffer += os.read(self._read_fd, 65536)
         *lines, self._buffer = self._buffer.split(b"\n")
-        for report in map(Report.parse, lines):
-            if inbox := self._inboxes.get(report.ticket_id):
+        for report in map(transfer.parse, lines):
+            if isinstance(report, ExpertReport):
+                _count_tokens(report)
+            elif inbox := self._inboxes.get(report.ticket_id):
                 inbox.put(report)
 
     @contextlib.contextmanager
@@ -307,6 +314,11 @@ class ReportPipe:
             self._is_listening = False
             os.close(self._read_fd)
             os.close(self.write_fd)
+
+
+def _count_tokens(report: ExpertReport) -> None:
+    for expert, num_tokens in enumerate(report.expert_tokens, report.first):
+        metrics.EXPERT_TOKENS.labels(str(expert)).inc(num_tokens)
 
 
 class Inbox:

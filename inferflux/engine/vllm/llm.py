@@ -77,6 +77,7 @@ class PrefillPhase(Phase):
         super().__init__(cache_salt, priority)
         self._prefixes = prefixes
         self._openings: dict[str, Opening] = {}
+        self._digests: dict[str, bytes] = {}
         self.prompts: list[ComputedPrompt] = []
 
     def params(self, request_id: str, prompt: Any, params: SamplingParams) -> SamplingParams:
@@ -90,11 +91,12 @@ class PrefillPhase(Phase):
 
     def prepare(self, request_id: str, prompt: Any, params: SamplingParams, *, has_adapter: bool) -> None:
         """Tell the connector what to publish, and what of it is there already."""
+        self._digests[request_id] = digest(prompt)
         # Log-probabilities of the prompt need its forward pass on the worker that answers: no use for a ticket.
         if self._prefixes is None or params.prompt_logprobs is not None:
             return
         opening = self._openings[request_id] = self._prefixes.open(
-            self.cache_salt if is_text(prompt) and not has_adapter else "", prompt_ids(prompt)
+            salt(prompt, self.cache_salt) if not has_adapter else "", prompt_ids(prompt)
         )
         source = self._prefixes.source(opening, f"prefix/{request_id}")
         connector_params: dict[str, Any] = {transfer.PUBLISH: True, transfer.SHARED: list(opening.shared)}
@@ -110,7 +112,7 @@ class PrefillPhase(Phase):
             self._prefixes.reject(opening)
         self.prompts.append(
             ComputedPrompt(
-                prompt_digest=prompt_digest(ids),
+                prompt_digest=self._digests.pop(request_id),
                 num_prompt_tokens=len(ids),
                 token_ids=tuple(output.outputs[0].token_ids),
                 kv=self._publish(opening, published.get(transfer.SLOTS, ()), len(ids)),
@@ -237,8 +239,8 @@ class DecodePhase(Phase):
         """Each source serves one prompt: equal prompts of one call have a ticket and a first token each."""
         if not self._sources:
             return None
-        digest = prompt_digest(prompt_ids(prompt))
-        source = next((source for source in self._sources if source.prompt_digest == digest), None)
+        wanted = digest(prompt)
+        source = next((source for source in self._sources if source.prompt_digest == wanted), None)
         if source is not None:
             self._sources.remove(source)
         return source
@@ -282,9 +284,32 @@ class DecodePhase(Phase):
         return Usage(sum(self._num_prompt.values()), sum(self._num_output.values()), self._num_cached)
 
 
-def is_text(prompt: Any) -> bool:
-    """Whether a rendered prompt is nothing but its token ids; different images may have the same ids."""
-    return isinstance(prompt, dict) and prompt.get("type") == "token"
+def digest(prompt: Any) -> bytes:
+    """What names a rendered prompt: its token ids, and the images between them."""
+    return prompt_digest(prompt_ids(prompt), media(prompt))
+
+
+def salt(prompt: Any, of_tenant: str) -> str:
+    """What keeps apart the prefixes of prompts that may have the same ids; empty: nobody may share this one's."""
+    kind = prompt.get("type") if isinstance(prompt, dict) else None
+    if kind not in ("token", "multimodal") or not of_tenant:
+        return ""
+    return f"{of_tenant}/{named}" if (named := media(prompt)) else of_tenant
+
+
+def media(prompt: Any) -> str:
+    """Name the images of a rendered prompt, by hashes of their content and processing, and where they are; empty: none.
+
+    Different images have the same placeholders. The hashes are vLLM's own, as in the keys of its prefix cache.
+    """
+    if not isinstance(prompt, dict) or prompt.get("type") != "multimodal":
+        return ""
+    named = [
+        f"{modality}@{place.offset}+{place.length}={name}"
+        for modality, names in sorted(prompt["mm_hashes"].items())
+        for name, place in zip(names, prompt["mm_placeholders"][modality], strict=True)
+    ]
+    return ",".join(named)
 
 
 def prompt_ids(prompt: Any) -> Sequence[int]:
