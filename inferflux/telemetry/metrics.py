@@ -234,6 +234,13 @@ CLAIM_SECONDS = Histogram(
     registry=REGISTRY,
 )
 
+EXPERT_TOKENS = Counter(
+    "inferflux_expert_tokens",
+    "Tokens that an engine with expert parallelism sent to an expert of a mixture, summed over its layers.",
+    ("expert",),
+    registry=REGISTRY,
+)
+
 # --- prefixes ---------------------------------------------------------------------------------------------------------
 
 PREFIX_REQUESTS = Counter(
@@ -279,6 +286,12 @@ POLICY_LAG = Gauge(
 POLICY_SNAPSHOT_AGE = Gauge(
     "inferflux_policy_snapshot_age_seconds",
     "Time since a gateway last heard of the policy service, in seconds.",
+    registry=REGISTRY,
+)
+POLICY_SHADOW = Counter(
+    "inferflux_policy_shadow",
+    "Requests that a policy in shadow was asked about, by what it would have done: same, refuse, allow, redact.",
+    ("outcome",),
     registry=REGISTRY,
 )
 POLICY_REFUSED = Counter(

@@ -82,7 +82,7 @@ async def _checked(settings: WorkerSettings, role: Role, stack: ExitStack) -> Lo
         _log.warning("model does not verify", extra={"reason": e.message, "model": settings.model})
         return _as_it_lies(settings, role)
     metrics.MODEL_VERIFICATIONS.labels("verified").inc()
-    if settings.executor == "ray":  # its ranks may be on hosts where our descriptors mean nothing
+    if settings.parallelism.uses_ray:  # its ranks may be on hosts where our descriptors mean nothing
         return _verified(settings, role, folder, verified, settings.model_dir)
     view = settings.run_dir / f"{settings.instance_id}.model"
     stack.callback(shutil.rmtree, view, ignore_errors=True)

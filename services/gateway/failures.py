@@ -90,8 +90,9 @@ def refusal(data: bytes) -> HttpAnswer | None:
 def _said(body: bytes) -> dict[str, Any]:
     with suppress(orjson.JSONDecodeError):
         document = orjson.loads(body)
-        if isinstance(document, dict) and isinstance(error := document.get("error"), dict):
-            return error
+        if isinstance(document, dict):
+            error = document.get("error") or document.get("detail")
+            return error if isinstance(error, dict) else {"message": error} if isinstance(error, str) else {}
     return {}
 
 

@@ -66,6 +66,8 @@ class Settings(CommonSettings):
     """Deadline of a request from its arrival; `x-inferflux-timeout-ms` may shorten it."""
     drain_timeout_s: float = 600.0
     """Longest that running requests may take after SIGTERM; then they end with an error."""
+    policy_max_age_s: float = 3600.0
+    """How long the last policy stays in force without a word of the policy service; then 503. 0: for ever."""
     guardrails_address: str = ""
     """gRPC address of the guardrail workers; without one, rules that need them have no verdicts."""
     opa_url: str = ""

@@ -52,10 +52,6 @@ BAD: dict[str, tuple[HttpCall, str]] = {
     "no instance": (with_schema({"type": "integer", "minimum": 3, "maximum": 2}), "minimum"),
     "regex": (chat(structured_outputs={"regex": "(((("}), "regular expression"),
     "grammar": (chat(structured_outputs={"grammar": "start: nowhere"}), "nowhere"),
-    "structural tag": (
-        chat(structured_outputs={"structural_tag": json.dumps({"structures": [], "triggers": ["<"]})}),
-        "",
-    ),
 }
 # Without limits these take minutes, gigabytes, or the process. Empty: lazy compilation makes them cheap.
 BOMBS: dict[str, tuple[HttpCall, str]] = {

@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 import httpx
 import pytest
 
-from inferflux.errors import ArenaFull, WorkerLost
+from inferflux.errors import ArenaFull, InvalidRequest, WorkerLost
 from inferflux.v1 import decode_service_pb2 as decode_pb
 from inferflux.v1 import types_pb2 as pb
 from tests.support.fake_cluster import (
@@ -187,8 +187,44 @@ async def test_what_the_application_refuses_in_prefill_is_the_answer():
         prefill.answer = pb.HttpAnswer(head=head(400), body=b'{"error": {"message": "bad"}}')
         response = await gateway.chat()
 
-        assert (response.status_code, response.json()) == (400, {"error": {"message": "bad"}})
+        told = {"message": "bad", "type": "invalid_request_error", "param": None, "code": "invalid_request"}
+        assert (response.status_code, response.json()) == (400, {"error": told})
         assert not decode.jobs
+
+
+async def test_what_the_engine_refuses_in_prefill_is_not_asked_elsewhere():
+    """A request that is wrong is wrong for every worker."""
+    async with pair() as (_, prefill, decode, gateway):
+        prefill.error = InvalidRequest("the grammar can't be used: why")
+        response = await gateway.chat(stream=True)
+
+        assert (response.status_code, response.json()["error"]["code"]) == (400, "invalid_request")
+        assert response.json()["error"]["message"] == "the grammar can't be used: why"
+        assert not decode.jobs
+
+
+@pytest.mark.parametrize("where", ["prefill", "decode"])
+async def test_a_stream_that_begins_with_an_error_is_an_error(where):
+    """The application says so after its head; a client reads the status."""
+    event, done = (
+        b'data: {"error": {"message": "bad", "type": "x", "param": null, "code": 404}}\n\n',
+        b"data: [DONE]\n\n",
+    )
+
+    async def refuse(job):
+        job.emit(head=SSE_HEAD, data=event)
+        job.emit(data=done)
+        job.emit(end=end())
+
+    async with pair() as (_, prefill, decode, gateway):
+        decode.script = refuse
+        if where == "prefill":
+            prefill.answer = pb.HttpAnswer(head=SSE_HEAD, body=event + done)
+        response = await gateway.chat(stream=True)
+
+        assert response.status_code == 404
+        assert response.headers["content-type"] == "application/json"
+        assert response.json()["error"]["message"] == "bad"
 
 
 @pytest.mark.parametrize("kind", [WorkerLost, ArenaFull, RuntimeError])
@@ -260,7 +296,7 @@ async def test_tickets_come_back_when_decode_refuses_the_request():
         decode.script = reject
         response = await gateway.chat(stream=True)
 
-        assert (response.status_code, response.json()) == (422, {"error": "no"})
+        assert (response.status_code, response.json()["error"]["message"]) == (422, "no")
         await until(lambda: prefill.released == {"ticket-0": "rejected"}, timeout_s=0.5)
 
 

@@ -32,6 +32,7 @@ from inferflux.engine.sim import SimEngine
 from inferflux.kv.arena import Arena
 from inferflux.kv.prefixes import Place, PrefixStore
 from inferflux.kv.shm import ArenaServer
+from inferflux.telemetry import metrics
 from inferflux.types import Delivered, Frame, HttpAnswer, HttpCall, RequestContext, Role
 
 REPOSITORY = Path(__file__).parents[2]
@@ -105,6 +106,11 @@ class Host:
 
     async def corrupt(self, slot: int, at: int) -> None:
         self._own_arena.slot(slot)[at] ^= 1
+
+    async def expert_tokens(self) -> list[int]:
+        """What the metric says, by expert."""
+        samples = [s for s in next(iter(metrics.EXPERT_TOKENS.collect())).samples if s.name.endswith("_total")]
+        return [round(s.value) for s in sorted(samples, key=lambda s: int(s.labels["expert"]))]
 
     async def lose_cache(self) -> None:
         """Empty the engine's own prefix cache, as other requests would in time."""
@@ -215,6 +221,11 @@ class HostedEngine:
 
     async def free(self, slots: Sequence[int]) -> None:
         await self._one("free", slots)
+
+    async def expert_tokens(self) -> list[int]:
+        """Tokens that went to each expert; empty: nothing is counted."""
+        counts: list[int] = await self._one("expert_tokens")
+        return counts
 
     async def lose_cache(self) -> None:
         """Empty the engine's own prefix cache, not the arena."""

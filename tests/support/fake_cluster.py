@@ -12,7 +12,7 @@ import hmac
 import itertools
 import json
 import tempfile
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -82,10 +82,10 @@ class FakePolicy(PolicyServiceServicer):
         self.publish(self.revision + 1)
         return record
 
-    def publish(self, revision: int) -> None:
+    def publish(self, revision: int, revoked: Sequence[str] = ()) -> None:
         self.revision = revision
-        keys = self.keys.values()
-        self.feed.publish(revision, policy_pb.PolicySnapshot(revision=revision, keys=keys, policy=self.policy))
+        fields = {"keys": self.keys.values(), "policy": self.policy, "revoked": revoked}
+        self.feed.publish(revision, policy_pb.PolicySnapshot(revision=revision, **fields))
 
     async def WatchSnapshot(self, request, context) -> AsyncIterator[policy_pb.WatchSnapshotResponse]:
         async for _, snapshot in self.feed.watch():

@@ -14,8 +14,9 @@ from inferflux.engine.prefix import Prefixes
 from inferflux.engine.reference import load as load_reference
 from inferflux.engine.reference import load_embedding
 from inferflux.engine.resume import Withheld
+from inferflux.engine.vllm import transfer
 from inferflux.engine.vllm.arguments import server_arguments, set_environment
-from inferflux.engine.vllm.transfer import Report
+from inferflux.engine.vllm.transfer import ExpertReport, Report
 from inferflux.errors import (
     ConfigError,
     EngineFailed,
@@ -24,6 +25,7 @@ from inferflux.errors import (
     Unavailable,
     WorkerLost,
 )
+from inferflux.telemetry import metrics
 from inferflux.types import End, ErrorDetail, Frame, HttpAnswer, KvReport, ModelFingerprint, RequestContext, Role
 
 if TYPE_CHECKING:
@@ -190,6 +192,7 @@ class VllmEngine(Engine):
         from inferflux.engine.vllm.identity import IDENTITY, Identity  # noqa: PLC0415
         from inferflux.engine.vllm.llm import PHASE, DecodePhase  # noqa: PLC0415
         from inferflux.engine.vllm.pooling import PoolingPhase  # noqa: PLC0415
+        from inferflux.engine.vllm.shape import shaped  # noqa: PLC0415
 
         phase: DecodePhase | PoolingPhase
         if self._is_pooling:
@@ -208,6 +211,8 @@ class VllmEngine(Engine):
                         raise phase.refusal
                     if self._llm.errored:
                         break  # what the application says of it is no part of a response that goes on elsewhere
+                    if exchange.is_json and message.get("body"):
+                        message["body"] = shaped(message["body"])
                     frame = _frame(message, reports.take())
                     if frame is not None and (told := withheld.remainder(frame)) is not None:
                         yield told
@@ -286,8 +291,10 @@ class ReportPipe:
         with contextlib.suppress(BlockingIOError):
             self._buffer += os.read(self._read_fd, 65536)
         *lines, self._buffer = self._buffer.split(b"\n")
-        for report in map(Report.parse, lines):
-            if inbox := self._inboxes.get(report.ticket_id):
+        for report in map(transfer.parse, lines):
+            if isinstance(report, ExpertReport):
+                _count_tokens(report)
+            elif inbox := self._inboxes.get(report.ticket_id):
                 inbox.put(report)
 
     @contextlib.contextmanager
@@ -307,6 +314,11 @@ class ReportPipe:
             self._is_listening = False
             os.close(self._read_fd)
             os.close(self.write_fd)
+
+
+def _count_tokens(report: ExpertReport) -> None:
+    for expert, num_tokens in enumerate(report.expert_tokens, report.first):
+        metrics.EXPERT_TOKENS.labels(str(expert)).inc(num_tokens)
 
 
 class Inbox:

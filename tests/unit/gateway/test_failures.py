@@ -152,7 +152,9 @@ def test_an_error_of_the_application_in_anthropics_shape() -> None:
     assert json.loads(answer.body) == {"type": "error", "error": told, "request_id": ID}
 
 
-@pytest.mark.parametrize("body", [b"", b"[]", b"<html>", b'{"error": "x"}', b'{"error": {"message": 3}}'])
+@pytest.mark.parametrize(
+    "body", [b"", b"[]", b"<html>", b'{"error": "no"}', b'{"detail": "no"}', b'{"error": {"message": 3}}']
+)
 def test_an_error_that_says_nothing_still_says_its_status(body: bytes) -> None:
     answer = failures.translated(HttpAnswer(HttpHead(400), body), Dialect.OPENAI, ID)
 

@@ -208,10 +208,9 @@ DONE = b"data: [DONE]\n\n"
 
 def openai_usage(usage: Usage) -> dict[str, Any]:
     """Usage as OpenAI's chat and completions have it."""
-    details = {"cached_tokens": usage.cached_tokens} if usage.cached_tokens else None
     return {
         "prompt_tokens": usage.prompt_tokens,
         "total_tokens": usage.prompt_tokens + usage.completion_tokens,
         "completion_tokens": usage.completion_tokens,
-        "prompt_tokens_details": details,
+        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
     }
