@@ -13,7 +13,7 @@ import pytest
 from tests.support.fake_cluster import JSON_HEAD, FakeClient, FakeDecode, Job, end, fake_cluster, running_gateway
 from tests.support.pictures import data_url, picture
 
-HOSTS = {"image_hosts": ("localhost",), "image_network": "loopback", "max_image_pixels": 64 * 64}
+HOSTS = {"image_hosts": ("127.0.0.1",), "image_network": "loopback", "max_image_pixels": 64 * 64}
 FILES = {"/a.png": picture(1), "/b.webp": picture(2, kind="WEBP"), "/large.png": picture(3, 65, 64), "/text": b"hello"}
 
 
@@ -25,7 +25,7 @@ class Site:
         self.port = 0
 
     def url(self, path: str) -> str:
-        return f"http://localhost:{self.port}{path}"
+        return f"http://127.0.0.1:{self.port}{path}"
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         path = (await reader.readuntil(b"\r\n\r\n")).split()[1].decode()
@@ -44,7 +44,7 @@ async def answer(job: Job) -> None:
 @asynccontextmanager
 async def site_and_gateway(**settings: Any) -> AsyncIterator[tuple[Site, FakeDecode, FakeClient]]:
     site = Site()
-    server = await asyncio.start_server(site.serve, "localhost", 0)
+    server = await asyncio.start_server(site.serve, "127.0.0.1", 0)
     site.port = server.sockets[0].getsockname()[1]
     async with server, fake_cluster() as cluster:
         decode = await cluster.add_decode()
