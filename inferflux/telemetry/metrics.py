@@ -465,6 +465,12 @@ IMAGE_PIXELS = Histogram(
     buckets=_IMAGE_SIZES,
     registry=REGISTRY,
 )
+IMAGE_FETCH_SECONDS = Histogram(
+    "inferflux_image_fetch_seconds",
+    "Time to fetch an image by its address, or to fail.",
+    buckets=_RPC_S,
+    registry=REGISTRY,
+)
 IMAGE_PREPROCESS_SECONDS = Histogram(
     "inferflux_image_preprocess_seconds",
     "Time in seconds to make a model's input of all images of a prompt: resizing, cutting, normalizing.",

@@ -39,11 +39,15 @@ class BodyLimits:
 
 @dataclass(frozen=True, slots=True)
 class Envelope:
-    """What must be known about a call before it is routed. `model` None: the cluster's default."""
+    """What must be known about a call before it is routed. `model` None: the cluster's default.
+
+    `has_addresses`: there are images to fetch.
+    """
 
     model: str | None = None
     price: Price = field(default_factory=Price)
     wants: Wants = field(default_factory=Wants)
+    has_addresses: bool = False
 
 
 async def read_body(receive: Receive, headers: Headers, limits: BodyLimits) -> bytes:
@@ -91,10 +95,11 @@ def parse(body: bytes, limits: BodyLimits) -> Envelope:
         raise InvalidRequest(f"model must be a string of 1 to {MAX_MODEL_NAME} characters", param="model")
     if document.get("cache_salt") is not None:
         raise InvalidRequest("cache_salt is not a client's to choose: caches are a tenant's own", param="cache_salt")
-    media.refuse_addresses(body, document)
+    has_addresses = media.refuse_addresses(body, document, limits.images.hosts)
     schemas.check(document, limits.max_schema_bytes, limits.max_schema_depth)
     images.check(body, document, limits.images)
-    return Envelope(model, bounds.price(document, limits.max_sequences), capabilities.read(document))
+    price = bounds.price(document, limits.max_sequences)
+    return Envelope(model, price, capabilities.read(document), has_addresses)
 
 
 def parse_object(body: bytes, limits: BodyLimits) -> dict[str, Any]:

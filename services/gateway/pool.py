@@ -277,7 +277,7 @@ class Pool:
         return None if is_served else "no decode worker is ready"
 
     async def met(self, timeout_s: float) -> None:
-        """Wait until a decode worker is connected, unless the registry knows of none that is ready."""
+        """Wait until a worker that answers is connected, unless the registry knows of none that is ready."""
         with suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
                 while self._expects_decode() and self.objection() is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from inferflux.config import CommonSettings, env_name
 from services.gateway.envelope import BodyLimits
@@ -41,6 +42,10 @@ class Settings(CommonSettings):
     """Largest image, as it comes in base64 but counted without it."""
     max_image_pixels: int = 1 << 24
     """Largest width times height of an image."""
+    image_hosts: tuple[str, ...] = ()
+    """Hosts from which the gateway fetches images that requests name by address; none: it fetches none."""
+    image_network: Literal["public", "private", "loopback"] = "public"
+    """Where these hosts may be: each of their addresses is checked, and https is a must but for loopback."""
     max_header_bytes: int = 32 * 1024
     """Largest request line and headers together; more is answered 431."""
     max_headers: int = 100
@@ -116,7 +121,8 @@ class Settings(CommonSettings):
     @property
     def body_limits(self) -> BodyLimits:
         """The limits of request bodies."""
-        images = ImageLimits(self.max_images, self.max_image_bytes, self.max_image_pixels)
+        hosts = frozenset(host.lower() for host in self.image_hosts)
+        images = ImageLimits(self.max_images, self.max_image_bytes, self.max_image_pixels, hosts, self.image_network)
         return BodyLimits(
             self.max_body_bytes,
             self.max_json_depth,

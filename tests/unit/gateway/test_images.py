@@ -11,7 +11,7 @@ import orjson
 import pytest
 
 from inferflux.errors import InvalidRequest
-from services.gateway.images import ImageLimits, check, embedded
+from services.gateway.images import ImageLimits, check, found
 from tests.support.pictures import data_url, picture
 
 LIMITS = ImageLimits(max_images=2, max_bytes=20_000, max_pixels=64 * 64)
@@ -98,5 +98,5 @@ def test_other_strings_are_not_images() -> None:
     document = {"tools": [schema], "response_format": schema, "messages": [{"role": "user", "content": "image"}]}
     pdf = {"type": "document", "source": {"type": "base64", "media_type": "application/pdf", "data": "AAAA"}}
 
-    assert not list(embedded({**document, "messages": [{"content": [pdf]}]}))
+    assert not list(found({**document, "messages": [{"content": [pdf]}]}))
     run(document)
