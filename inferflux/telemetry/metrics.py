@@ -467,7 +467,7 @@ IMAGE_PIXELS = Histogram(
 )
 IMAGE_PREPROCESS_SECONDS = Histogram(
     "inferflux_image_preprocess_seconds",
-    "Time in which a worker makes a model's input of all images of a prompt: resizing, cutting, normalizing.",
+    "Time in seconds to make a model's input of all images of a prompt: resizing, cutting, normalizing.",
     ("role",),
     buckets=_RPC_S,
     registry=REGISTRY,

@@ -24,7 +24,7 @@ import jsonschema
 from tests.conformance.schemas import SCHEMAS
 from tests.conformance.site import Site, for_all, opened, parser, say
 
-TOKENS = (200, 800)
+TOKENS = (200, 600)
 GOOD_SHARE = 0.995
 
 

@@ -16,10 +16,11 @@ import httpx
 from tests.support.cluster import Cluster
 
 T, R = TypeVar("T"), TypeVar("R")
-# Tokens that end strings, lists and objects. A small model goes on for ever without a little help; what the grammar
-# allows does not depend on it.
-CLOSERS = ('"', '",', '"}', "}", "]", "},", '"],', '"]')
-BIAS = 8
+# Tokens that end strings, lists and objects, and those that numbers go on with. A small model goes on for ever without
+# a little help; what the grammar allows does not depend on it.
+CLOSERS = ('"', '"}', "}", "]", '"]', "}}", "]}", '"]}', '"}}')
+DIGITS = "0123456789"
+BIAS = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,11 +70,11 @@ async def connected(chosen: argparse.Namespace, url: str, key: str) -> AsyncIter
         base_url=url, headers=headers, timeout=chosen.timeout, limits=limits, trust_env=False
     ) as client:
         bias = {}
-        for text in CLOSERS:
+        for text in (*CLOSERS, *DIGITS):
             tokens = {"model": chosen.model, "prompt": text, "add_special_tokens": False}
             ids = (await client.post("/tokenize", json=tokens)).raise_for_status().json()["tokens"]
             if len(ids) == 1:
-                bias[str(ids[0])] = BIAS
+                bias[str(ids[0])] = -BIAS if text in DIGITS else BIAS
         yield Site(client, chosen.model, bias)
 
 

@@ -5,13 +5,18 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import shutil
 from collections.abc import Iterator
 from contextlib import aclosing
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from inferflux.engine.options import MIB, EngineOptions
+from inferflux.engine.reference import load_embedding, save
+from inferflux.errors import NumericsMismatch
 from inferflux.types import HttpCall, Role
 from tests.support.engine_calls import Response, ask, context, settle
 from tests.support.engine_host import HostedEngine, hosted
@@ -20,11 +25,21 @@ from tests.support.tiny_models import BERT, TEXTS, VECTORS, tiny_model
 LONG = "a b c d e f g h " * 200
 
 
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The file that the engine proves its numerics with."""
+    return tmp_path_factory.mktemp("numerics") / "reference.json"
+
+
 @pytest.fixture(
     scope="module", params=["sim", pytest.param("vllm", marks=[pytest.mark.vllm, pytest.mark.timeout(600)])]
 )
-def engine(request: pytest.FixtureRequest) -> Iterator[HostedEngine]:
-    own = {**tiny_model(BERT), "max_model_len": 512} if request.param == "vllm" else {"max_model_len": 512}
+def engine(request: pytest.FixtureRequest, reference: Path) -> Iterator[HostedEngine]:
+    own: dict[str, Any] = {"max_model_len": 512}
+    if request.param == "vllm":
+        own |= tiny_model(BERT)
+        shutil.copy(own["numerics_reference"], reference)
+        own["numerics_reference"] = reference
     with hosted(
         request.param, EngineOptions("m", Role.POOLING, kv_cache_bytes=32 * MIB, max_num_seqs=8, **own)
     ) as engines:
@@ -68,6 +83,20 @@ async def test_vectors_are_those_of_transformers(engine: HostedEngine) -> None:
     for vectors in (together, alone):
         assert all(cosine(a, b) > 0.9999 for a, b in zip(vectors, expected, strict=True))
     assert cosine(together[0], expected[1]) < 0.999
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("engine", [pytest.param("vllm", marks=pytest.mark.timeout(600))], indirect=True)
+async def test_another_models_vector_is_no_proof(engine: HostedEngine, reference: Path) -> None:
+    """A worker whose vectors are not the model's never joins the pool."""
+    right = load_embedding(reference)
+    try:
+        save(replace(right, embedding=right.embedding[::-1]), reference)
+        with pytest.raises(NumericsMismatch, match="cosine"):
+            await engine.check_numerics()
+    finally:
+        save(right, reference)
+    await engine.check_numerics()
 
 
 async def test_usage_is_prompt_tokens_alone(engine: HostedEngine) -> None:

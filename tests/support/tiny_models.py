@@ -38,7 +38,7 @@ def tiny_model(kind: str) -> dict[str, Any]:
     with models.locked(directory / f".lock-make-{name}", lambda: None):
         if not (directory / name).is_dir():
             _make(kind, directory / name, tokenizer)
-    model = models.prepare(name, directory, _silent, available_bytes=AVAILABLE_BYTES, is_embedding=kind == BERT)
+    model = models.prepare(name, directory, _silent, available_bytes=AVAILABLE_BYTES)
     return {"model_dir": model.folder, "model_digest": model.weights_digest, "numerics_reference": model.reference}
 
 
@@ -75,8 +75,8 @@ def make_embedding(folder: Path, tokenizer: Path) -> None:
     words = transformers.AutoTokenizer.from_pretrained(tokenizer)
     shape: dict[str, Any] = {
         "vocab_size": 49152,
-        "hidden_size": 64,
-        "intermediate_size": 128,
+        "hidden_size": 128,
+        "intermediate_size": 256,
         "num_hidden_layers": 3,
         "num_attention_heads": 4,
         "max_position_embeddings": 512,

