@@ -73,8 +73,8 @@ kueue.x-k8s.io/queue-name: {{ $queue }}
 {{- fail (printf "%s.parallelism.nodes: nothing scales workers of %d nodes by itself; set replicas, and neither autoscaling nor planner.mode act" .at $nodes) -}}
 {{- end -}}
 {{- $name := include "inferflux.rayName" (dict "root" .root "pool" .pool "role" .role "index" $spec.replicas) -}}
-{{- if gt (len $name) 47 -}}
-{{- fail (printf "%s: the name %s of its Ray clusters has %d characters, KubeRay takes 47; shorten pool or fullnameOverride" .at $name (len $name)) -}}
+{{- if gt (len $name) 53 -}}
+{{- fail (printf "%s: the name %s of its Ray clusters has %d characters, KubeRay takes 53; shorten pool or fullnameOverride" .at $name (len $name)) -}}
 {{- end -}}
 {{- if and (eq .root.Values.ray.gangScheduler "kueue") (not .root.Values.ray.queue) -}}
 {{- fail "ray.queue: missing; gangScheduler kueue needs the name of a queue" -}}
