@@ -467,7 +467,7 @@ IMAGE_PIXELS = Histogram(
 )
 IMAGE_FETCH_SECONDS = Histogram(
     "inferflux_image_fetch_seconds",
-    "Time to fetch an image by its address, or to fail.",
+    "Time in seconds to fetch an image by its address, or to fail.",
     buckets=_RPC_S,
     registry=REGISTRY,
 )
