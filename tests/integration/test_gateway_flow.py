@@ -141,7 +141,7 @@ async def test_metrics_prove_who_computed_what():
         assert await gateway.metric('inferflux_phases_total{phase="prefill",role="prefill",worker="prefill-0"}') >= 2
         assert await gateway.metric('inferflux_phases_total{phase="decode",role="decode",worker="decode-0"}') >= 2
         assert await gateway.metric('inferflux_kv_transfer_bytes_total{transport="nixl"}') >= 2000
-        assert await gateway.metric('inferflux_kv_transfer_seconds_count{transport="shm"}') >= 2
+        assert await gateway.metric('inferflux_kv_transfer_seconds_count{transport="nixl"}') >= 2
         assert await gateway.metric('inferflux_prefills_total{result="remote"') >= 2
         assert await gateway.metric("inferflux_ttft_seconds_count") >= 1
         assert await gateway.metric("inferflux_itl_seconds_count") >= 1
