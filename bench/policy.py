@@ -29,7 +29,7 @@ from inferflux.clock import SystemClock
 from inferflux.policy.counting import Counters, Exchange, Refusal, Share
 from inferflux.policy.limits import LimitsSection, compile_limits
 from inferflux.process import Tasks
-from services.gateway.auth import Authenticator, Key, KeyRing, Principal, hash_secret
+from services.gateway.auth import Authenticator, Key, KeyRing, Principal, hash_secret, read_credential
 from services.gateway.purse import Need
 from services.gateway.reservations import settle
 from services.gateway.shares import Shares
@@ -80,7 +80,7 @@ async def in_process() -> Result:
         tasks.spawn(shares.run(), "shares")
         for _ in range(NUM_IN_PROCESS):
             started_at = time.thread_time()
-            principal = auth.authenticate({b"authorization": b"Bearer " + secret})
+            principal = auth.authenticate(read_credential({b"authorization": b"Bearer " + secret}))
             needs = [Need(limit, 1) for limit in limits.of(principal.tenant, "", principal.key_id)]
             pieces = await shares.take(principal.tenant, needs, limits)
             settle(shares.account(principal.tenant), needs, pieces, {need.limit: 1 for need in needs})

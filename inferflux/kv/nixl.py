@@ -51,10 +51,14 @@ Region = tuple[int, int]
 Take = Callable[[int, Bytes], None]
 
 
-@cache
 def is_installed() -> bool:
     """Whether a NIXL package is there; says nothing of whether it works."""
-    return any(importlib.util.find_spec(name) is not None for name in PACKAGES)
+    return any(_is_there(name) for name in PACKAGES)
+
+
+@cache
+def _is_there(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
 
 
 @cache

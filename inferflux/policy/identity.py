@@ -34,6 +34,11 @@ class Scope(StrEnum):
     ADMIN = "admin"
 
 
+def key_id(secret_hash: bytes) -> str:
+    """Name the key whose first secret has this hash."""
+    return f"key_{secret_hash[:8].hex()}"
+
+
 class Team(Section):
     """A part of a tenant. `models`: all that its keys may use; None: no restriction."""
 

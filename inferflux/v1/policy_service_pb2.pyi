@@ -245,6 +245,7 @@ class PolicySnapshot(_message.Message):
     KEYS_FIELD_NUMBER: _builtins.int
     POLICY_FIELD_NUMBER: _builtins.int
     CANDIDATE_FIELD_NUMBER: _builtins.int
+    REVOKED_FIELD_NUMBER: _builtins.int
     revision: _builtins.int
     """Grows with every write and never goes back; gateways refuse an older one."""
     @_builtins.property
@@ -259,6 +260,10 @@ class PolicySnapshot(_message.Message):
     def candidate(self) -> Global___PolicyRevision:
         """The document that is being tried, in shadow or as a canary; unset: none."""
 
+    @_builtins.property
+    def revoked(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Names of secrets that are dead for ever, by the beginning of their hashes. Nothing that is in here ever leaves it."""
+
     def __init__(
         self,
         *,
@@ -266,10 +271,11 @@ class PolicySnapshot(_message.Message):
         keys: _abc.Iterable[Global___KeyRecord] | None = ...,
         policy: Global___PolicyRevision | None = ...,
         candidate: Global___PolicyRevision | None = ...,
+        revoked: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["candidate", b"candidate", "policy", b"policy"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["candidate", b"candidate", "keys", b"keys", "policy", b"policy", "revision", b"revision"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["candidate", b"candidate", "keys", b"keys", "policy", b"policy", "revision", b"revision", "revoked", b"revoked"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -283,19 +289,25 @@ class WatchSnapshotRequest(_message.Message):
 
     GATEWAY_ID_FIELD_NUMBER: _builtins.int
     REVISION_FIELD_NUMBER: _builtins.int
+    REVOKED_FIELD_NUMBER: _builtins.int
     gateway_id: _builtins.str
     """The calling gateway."""
     revision: _builtins.int
     """Newest revision it has; 0: none."""
+    @_builtins.property
+    def revoked(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What it knows to be revoked; a store that was restored from an older copy of itself may have forgotten it."""
+
     def __init__(
         self,
         *,
         gateway_id: _builtins.str = ...,
         revision: _builtins.int = ...,
+        revoked: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["gateway_id", b"gateway_id", "revision", b"revision"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["gateway_id", b"gateway_id", "revision", b"revision", "revoked", b"revoked"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -25,7 +25,7 @@ from services.gateway.app import create_app
 from services.gateway.audit_api import AuditApi, AuditTrail
 from services.gateway.audited import Audit
 from services.gateway.auditor import Auditor
-from services.gateway.auth import Authenticator, cache_salt
+from services.gateway.auth import Authenticator, KeyRing, cache_salt
 from services.gateway.cache import CacheApi
 from services.gateway.control import PolicyClient, RegistryClient
 from services.gateway.fetch import fetch_object
@@ -40,10 +40,12 @@ from services.gateway.limits_client import LimitsClient
 from services.gateway.policy import Policies, identity_of, limits_of
 from services.gateway.policy_api import PolicyApi
 from services.gateway.policy_documents import PolicyDocuments
-from services.gateway.policy_report import PolicyReporter, Trial
+from services.gateway.policy_report import Contact, PolicyReporter, Trial
 from services.gateway.policy_views import PolicyViews
 from services.gateway.pool import Caller, Pool
 from services.gateway.pools_api import PoolsApi
+from services.gateway.rehearsal import Shadow
+from services.gateway.rehearsal_api import RehearsalApi
 from services.gateway.reservations import Reservations
 from services.gateway.server import HttpServer, bind
 from services.gateway.settings import Settings
@@ -75,7 +77,7 @@ async def serve(settings: Settings, sock: socket.socket, lifecycle: Lifecycle) -
         registry_client = RegistryClient(registry_channel, settings.instance_id)
         trail = AuditTrail(policy_channel, settings.instance_id)
         auditor = _auditor(settings, trail, lifecycle.incarnation)
-        trial = Trial()
+        trial, contact = Trial(), Contact(SystemClock(), settings.policy_max_age_s)
         key_sources = KeySources(tasks, fetch_object, SystemClock())
 
         def take(policies: Policies) -> None:
@@ -83,15 +85,21 @@ async def serve(settings: Settings, sock: socket.socket, lifecycle: Lifecycle) -
             key_sources.reconcile(policies.issuers)
 
         policy = Snapshot[Policies]("policy", take)
+
+        def key_ring() -> KeyRing | None:
+            contact.require()
+            return policy.value.keys if policy.value is not None else None
+
         documents = PolicyDocuments(policy_channel, settings.instance_id)
         pool = Pool(caller, tasks, settings.terms)
         registry = Snapshot[ClusterView]("registry", pool.reconcile)
         limits_client = LimitsClient(policy_channel)
         shares = Shares(limits_client.exchange, settings.instance_id, SystemClock(), tasks)
+        shadow = Shadow(lambda: policy.value, referees, trial)
         inference = Inference(
             auth=Authenticator(
                 pepper,
-                keyring=lambda: policy.value.keys if policy.value is not None else None,
+                keyring=key_ring,
                 identity=lambda credential: identity_of(policy.value, credential),
                 tokens=TokenVerifier(key_sources, partial(cache_salt, tenant_key)),
             ),
@@ -104,6 +112,7 @@ async def serve(settings: Settings, sock: socket.socket, lifecycle: Lifecycle) -
             audit=Audit(auditor, hmac.digest(pepper, b"\1audit", "sha256")),
             access_log=LineLog("gateway", settings.instance_id, "request", __name__) if settings.access_log else None,
             referees=referees,
+            shadow=shadow,
         )
         idempotency = Idempotency(inference, Records(SystemClock(), settings.record_limits), tasks)
         admin = AdminApi(policy_client, policy.reached, FleetApi(Fleet(pool.workers)), pool.matrix)
@@ -111,14 +120,16 @@ async def serve(settings: Settings, sock: socket.socket, lifecycle: Lifecycle) -
         cache = CacheApi(inference.auth, pool, partial(cache_salt, tenant_key))
         usage = UsageApi(limits_client, lambda: limits_of(policy.value))
         guardrails = GuardrailsApi(lambda: policy.value, referees)
-        apis = (admin, cache, *documents_apis, usage, PoolsApi(registry_channel), guardrails)
+        rehearsals = RehearsalApi(lambda: policy.value, referees)
+        apis = (admin, cache, *documents_apis, usage, PoolsApi(registry_channel), guardrails, rehearsals)
         app = create_app(idempotency, apis, pool.models, lifecycle)
         lifecycle.add_readiness("policy", lambda: None if policy.value is not None else "not heard yet")
         lifecycle.add_readiness("workers", pool.objection)
         for work, name in (
             (policy.follow(policy_client.watch), "policy"),
-            (PolicyReporter(policy, trial, documents.report, SystemClock()).run(), "policy report"),
+            (PolicyReporter(policy, trial, documents.report, contact).run(), "policy report"),
             (auditor.run(), "audit"),
+            (shadow.run(), "shadow"),
             (registry.follow(registry_client.watch), "registry"),
             (pool.watch_hearts(), "hearts"),
             (pool.matrix.scout(), "paths"),

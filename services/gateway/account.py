@@ -93,6 +93,8 @@ class Account:
             line["reason"] = self._reply.error.reason
         if self.principal is not None:
             line |= {"tenant": self.principal.tenant, "key_id": self.principal.key_id}
+            if self.principal.team:
+                line["team"] = self.principal.team
         if (call := self.call) is not None:
             line |= {
                 "model": call.model,

@@ -81,12 +81,34 @@ class Key:
         return replace(principal, scopes=principal.scopes | identity.scopes(self.roles), allowance=allowance)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class KeyRing:
-    """All live keys at one revision of the policy, by the hash of their secrets."""
+    """All live keys at one revision of the policy, by the hash of their secrets.
+
+    Those that have expired are taken out by the next look for any key: then they are as unknown as keys that never
+    were, and a look takes as long. `expiries`: instants and hashes, the next one last.
+    """
 
     revision: int = 0
     keys: dict[bytes, Key] = field(default_factory=dict)
+    expiries: list[tuple[float, bytes]] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        expiries = ((key.expires_at, digest) for digest, key in self.keys.items() if key.expires_at is not None)
+        self.expiries = sorted(expiries, reverse=True)
+
+    def find(self, digest: bytes, now: float) -> Key | None:
+        """Return the key of a hash that is good now."""
+        if self.expiries and self.expiries[-1][0] <= now:
+            self._drop_expired(now)
+        return self.keys.get(digest)
+
+    def _drop_expired(self, now: float) -> None:
+        gone = set()
+        while self.expiries and self.expiries[-1][0] <= now:
+            gone.add(self.expiries.pop()[1])
+        # A new one: what is deleted from a dictionary leaves a mark in it, and a look that meets one takes longer.
+        self.keys = {digest: key for digest, key in self.keys.items() if digest not in gone}
 
 
 def hash_secret(pepper: bytes, secret: bytes) -> bytes:
@@ -124,22 +146,25 @@ class Authenticator:
         self._tokens = tokens
 
     async def authorize(self, headers: Headers, *scopes: Scope) -> Principal:
-        """Return who asks, if they may. Raises what `authenticate` raises, or PermissionDenied.
+        """Return who asks, if they may. Raises Unauthenticated, and what `admit` raises."""
+        return await self.admit(read_credential(headers), *scopes)
+
+    async def admit(self, credential: bytes, *scopes: Scope) -> Principal:
+        """Return whose credential it is, if they may. Raises what `authenticate` raises, or PermissionDenied.
 
         Waits for nothing, except that a token may be signed by a key so new that its issuer must be asked again.
         """
         try:
-            principal = self.authenticate(headers)
+            principal = self.authenticate(credential)
         except UnknownKey as e:
             if e.refreshed is not None:
                 await e.refreshed()
-            principal = self.authenticate(headers)
+            principal = self.authenticate(credential)
         principal.require(*scopes)
         return principal
 
-    def authenticate(self, headers: Headers) -> Principal:
-        """Return who asks. Raises Unauthenticated, or Unavailable as long as no policy was ever received."""
-        credential = read_credential(headers)
+    def authenticate(self, credential: bytes) -> Principal:
+        """Return whose credential it is. Raises Unauthenticated, or Unavailable without a policy that may be used."""
         ring = self._keyring()
         if ring is None:
             raise Unavailable("the gateway has no policy yet", retry_after_s=1)
@@ -149,17 +174,9 @@ class Authenticator:
         return self._find(ring, credential).under(identity)
 
     def _find(self, ring: KeyRing, secret: bytes) -> Key:
-        """Look a secret up, in the same steps and words for one that is unknown, revoked or expired.
-
-        An expired one is forgotten when it is seen: to find something takes longer than to find nothing.
-        """
-        digest = hash_secret(self._pepper, secret)
-        key = ring.keys.get(digest, _NOBODY)
-        is_same = hmac.compare_digest(key.secret_hash, digest)
-        is_live = key.expires_at is None or self._now() < key.expires_at
-        if not (is_same and is_live) or len(secret) > MAX_SECRET_BYTES:
-            if is_same and key is not _NOBODY:
-                del ring.keys[digest]
+        """Look a secret up, in the same steps and words for one that is unknown, revoked or expired."""
+        key = ring.find(hash_secret(self._pepper, secret), self._now())
+        if key is None or len(secret) > MAX_SECRET_BYTES:
             raise Unauthenticated(BAD_CREDENTIAL)
         return key
 
@@ -178,7 +195,3 @@ def read_credential(headers: Headers) -> bytes:
     if not _CREDENTIAL.fullmatch(credential):
         raise Unauthenticated(BAD_CREDENTIAL)
     return credential
-
-
-_NOBODY = Key(bytes(32), Principal("", "", frozenset()), expires_at=0.0)
-"""Stands in for keys that are not there: looking one up and checking it takes as long as for one that is expired."""

@@ -12,6 +12,7 @@ import grpc
 
 from inferflux.errors import PolicyInvalid
 from inferflux.policy.document import EMPTY
+from inferflux.policy.identity import key_id
 from inferflux.policy.signature import Verifier
 from inferflux.rpc.client import translated_errors
 from inferflux.telemetry import metrics
@@ -77,10 +78,12 @@ class PolicyClient:
         self._tenant_key = tenant_key
         self._verifier = verifier
         self._compiler = Compiler()
+        self._revoked: set[str] = set()
 
     async def watch(self, revision: int) -> AsyncGenerator[Policies]:
         """Yield the current policies and each later one. Raises InferfluxError when the stream ends badly."""
-        request = policy_pb.WatchSnapshotRequest(gateway_id=self._gateway_id, revision=revision)
+        revoked = sorted(self._revoked)
+        request = policy_pb.WatchSnapshotRequest(gateway_id=self._gateway_id, revision=revision, revoked=revoked)
         call = self._stub.WatchSnapshot(request)
         try:
             with translated_errors():
@@ -143,8 +146,13 @@ class PolicyClient:
             return None
 
     def _to_key_ring(self, snapshot: policy_pb.PolicySnapshot) -> KeyRing:
-        keys = (key for record in snapshot.keys for key in self._to_keys(record))
-        return KeyRing(snapshot.revision, {key.secret_hash: key for key in keys})
+        """Make the ring, without what was ever revoked: a store may have forgotten it in a failover."""
+        self._revoked.update(snapshot.revoked)
+        records = (record for record in snapshot.keys if record.key_id not in self._revoked)
+        keys = (key for record in records for key in self._to_keys(record))
+        return KeyRing(
+            snapshot.revision, {k.secret_hash: k for k in keys if key_id(k.secret_hash) not in self._revoked}
+        )
 
     def _to_keys(self, record: policy_pb.KeyRecord) -> list[Key]:
         """Make the live secrets of a key: its own, and the one before the last rotation."""

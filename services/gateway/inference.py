@@ -18,7 +18,7 @@ from inferflux.errors import Draining, InferfluxError, InvalidRequest, Unavailab
 from inferflux.telemetry import logs, metrics, tracing
 from inferflux.telemetry.logs import LineLog
 from inferflux.v1 import types_pb2
-from services.gateway import capabilities, envelope, failures, flow
+from services.gateway import capabilities, envelope, failures, flow, remote_images
 from services.gateway.account import ROLE, Account
 from services.gateway.asgi import WRITE_NOW, AsgiScope, ClientGone, Headers, RawHeaders, Receive, Send, header_map
 from services.gateway.audited import Audit
@@ -32,6 +32,7 @@ from services.gateway.lifeline import Lifeline
 from services.gateway.policy import Policies, Policy
 from services.gateway.policy_report import Trial
 from services.gateway.pool import Pool
+from services.gateway.rehearsal import Recorded, Shadow
 from services.gateway.reply import Reply
 from services.gateway.reservations import Reservations
 
@@ -61,6 +62,7 @@ class Inference:
     trial: Trial = field(default_factory=Trial)
     audit: Audit | None = None
     referees: Referees = field(default_factory=Referees)
+    shadow: Shadow | None = None
 
     async def __call__(self, scope: AsgiScope, receive: Receive, send: Send) -> bool:
         """Answer one request; whatever happens, it ends in an answer, in one error, or without a client.
@@ -100,6 +102,8 @@ class Inference:
             self.trial.count(account.policy.revision, is_failure=reply.status >= 400 or reply.error is not None)
         if self.audit is not None:
             self.audit.ended(account, is_gone=is_gone)
+        if self.shadow is not None and self.shadow.is_wanted and account.body and not is_gone:
+            self.shadow.take(_recorded(account), account.error)
 
     async def refuse(self, scope: AsgiScope, send: Send, error: InferfluxError) -> None:
         """Answer a request that gets no further with an error."""
@@ -121,8 +125,9 @@ class Inference:
         if scope["method"] != "POST":
             raise failures.MethodNotAllowed("POST")
         headers = header_map(scope["headers"])
-        account.principal = principal = await self.auth.authorize(headers, endpoint.scope)
-        account.policy = policy = self.policy(headers)
+        credential = read_credential(headers)
+        account.principal = principal = await self.auth.admit(credential, endpoint.scope)
+        account.policy = policy = self.policy(credential)
         deadline_at = arrived_at + self._timeout_s(headers)
         account.body = body = await envelope.read_body(receive, headers, self.limits)
         known = envelope.parse(body, self.limits)
@@ -144,7 +149,12 @@ class Inference:
             async with Lifeline(receive, deadline_at):
                 await self.screen(call, reply)
                 async with self.reservations.hold(call, known.price, reply):
+                    if known.has_addresses:
+                        call.http.body = await self._with_images(call)
                     await flow.serve(call, self.pool, reply)
+
+    async def _with_images(self, call: Call) -> bytes:
+        return await remote_images.inlined(call.http.body, self.limits.images, self.limits.max_bytes)
 
     async def screen(self, call: Call, reply: Reply, num_seen: int = 0) -> None:
         """Have guardrails look at the prompt, now, and at the answer, when it comes. Raises ContentPolicyViolation.
@@ -160,12 +170,12 @@ class Inference:
             reply.guard(output)
             call.journal.num_events = 0  # what the client has of a recalled stream is looked at again, for what follows
 
-    def policy(self, headers: Headers) -> Policy:
-        """Choose the policy of a client by its credential. Raises Unavailable."""
+    def policy(self, credential: bytes) -> Policy:
+        """Choose the policy of a client. Raises Unavailable."""
         policies = self.policies()
         if policies is None:
             raise Unavailable("the gateway has no policy yet", retry_after_s=1)
-        return policies.choose(read_credential(headers))
+        return policies.choose(credential)
 
     def _timeout_s(self, headers: Headers) -> float:
         """Read the client's wish; it can only shorten the deadline."""
@@ -182,6 +192,19 @@ class Inference:
 def new_request_id() -> str:
     """Name a request; unique for the cluster, and nobody can guess another's."""
     return "req_" + secrets.token_hex(12)
+
+
+def _recorded(account: Account) -> Recorded:
+    """Describe a request that has ended, for a policy in shadow."""
+    asker, call = account.principal, account.call
+    return Recorded(
+        path=account.endpoint.path,
+        body=account.body,
+        model=call.model if call is not None else "",
+        tenant=asker.tenant if asker is not None else "",
+        key_id=asker.key_id if asker is not None else "",
+        team=asker.team if asker is not None else "",
+    )
 
 
 def _subject(call: Call) -> Subject:

@@ -57,13 +57,19 @@ class PolicyChange:
 
 @dataclass(frozen=True, slots=True)
 class Replica:
-    """One gateway: what it uses, for how long there has been something newer, when it reported, in seconds."""
+    """One gateway: what it uses, for how long there has been something newer, when it reported, in seconds.
+
+    `num_tried`, `num_failed`: requests that the candidate has decided on, and those that ended in an error; in shadow:
+    those it was asked about, and those it would have refused and the live one did not.
+    """
 
     gateway_id: str
     revision: int
     policy_revision: int
     candidate_revision: int
     is_candidate_refused: bool
+    num_tried: int
+    num_failed: int
     lag_s: float
     age_s: float
 
@@ -149,6 +155,8 @@ def _to_replica(message: pb.Replica) -> Replica:
         policy_revision=report.policy_revision,
         candidate_revision=report.candidate_revision,
         is_candidate_refused=report.is_candidate_refused,
+        num_tried=report.candidate.num_requests,
+        num_failed=report.candidate.num_failures,
         lag_s=message.lag_s,
         age_s=message.age_s,
     )

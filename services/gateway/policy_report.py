@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from inferflux.clock import Clock
-from inferflux.errors import InferfluxError
+from inferflux.errors import InferfluxError, Unavailable
 from inferflux.telemetry import metrics
 from services.gateway.policy import Policies
 from services.gateway.snapshots import Snapshot
@@ -54,26 +54,43 @@ class Trial:
             (self.candidate if is_tried else self.live).count(is_failure=is_failure)
 
 
-@dataclass(slots=True)
 class Contact:
-    """When the policy service was last heard of. All that the gauge, which outlives the reporter, holds on to."""
+    """When the policy service was last heard of, and for how long its word holds without it.
 
-    at: float
+    `max_age_s` 0: for ever. Also the gauge of the snapshot's age, which is rendered on each scrape.
+    """
+
+    def __init__(self, clock: Clock, max_age_s: float = 0.0) -> None:
+        self._clock = clock
+        self._max_age_s = max_age_s
+        self._at = clock.monotonic()
+        metrics.POLICY_SNAPSHOT_AGE.set_function(self.age_s)
+
+    def age_s(self) -> float:
+        return self._clock.monotonic() - self._at
+
+    def renew(self) -> None:
+        """Note that the policy service has answered."""
+        self._at = self._clock.monotonic()
+
+    def require(self) -> None:
+        """Raise Unavailable when what is known here is too old to let anybody in."""
+        if self._max_age_s and (age_s := self.age_s()) > self._max_age_s:
+            message = f"no word of the policy service for {age_s:.0f} s; its last one holds for {self._max_age_s:g} s"
+            raise Unavailable(message, retry_after_s=INTERVAL_S)
 
 
 Send = Callable[[Policies, Trial], Awaitable[None]]
 
 
 class PolicyReporter:
-    """Sends the reports. Also keeps the gauge of the snapshot's age, which is rendered on each scrape."""
+    """Sends the reports."""
 
-    def __init__(self, policies: Snapshot[Policies], trial: Trial, send: Send, clock: Clock) -> None:
+    def __init__(self, policies: Snapshot[Policies], trial: Trial, send: Send, contact: Contact) -> None:
         self._policies = policies
         self._trial = trial
         self._send = send
-        self._clock = clock
-        self._contact = contact = Contact(clock.monotonic())
-        metrics.POLICY_SNAPSHOT_AGE.set_function(lambda: clock.monotonic() - contact.at)
+        self._contact = contact
 
     async def run(self) -> None:
         """Report for ever."""
@@ -87,7 +104,7 @@ class PolicyReporter:
     async def _report(self, policies: Policies) -> None:
         try:
             await self._send(policies, self._trial)
-            self._contact.at = self._clock.monotonic()
+            self._contact.renew()
         except InferfluxError as e:
             _log.debug("policy report failed", extra={"reason": e.reason})
             await asyncio.sleep(TRIAL_INTERVAL_S)

@@ -21,7 +21,7 @@ from inferflux.v1 import decode_service_pb2 as decode_pb
 from services.gateway import envelope, failures, flow
 from services.gateway.account import Account
 from services.gateway.asgi import AsgiScope, Headers, Receive, Send, header_map
-from services.gateway.auth import Principal
+from services.gateway.auth import Principal, read_credential
 from services.gateway.bounds import Price
 from services.gateway.call import Call
 from services.gateway.endpoints import ENDPOINTS, Endpoint, Kind, Scope, Texts
@@ -54,14 +54,15 @@ class Resumption:
         if scope["method"] != "GET":
             raise failures.MethodNotAllowed("GET")
         headers = header_map(scope["headers"])
-        principal = await self.inference.auth.authorize(headers, Scope.GENERATE)
+        credential = read_credential(headers)
+        principal = await self.inference.auth.admit(credential, Scope.GENERATE)
         if request_id is None:
             raise NotFound("stream ids look like req_ and 24 hexadecimal digits, as in x-request-id")
         num_events = _num_events(headers)
         record = await self.inference.pool.recall(request_id, principal.tenant)
         with tracing.start_span("resume", record.context.traceparent) as span:
             account.call = call = self._call(record, principal, num_events, span.traceparent)
-            call.policy = self.inference.policy(headers)
+            call.policy = self.inference.policy(credential)
             account.endpoint, reply.dialect = call.endpoint, call.endpoint.dialect
             metrics.STREAM_RESUME.inc()
             held = self.inference.reservations.hold(call, Price(), reply)

@@ -11,9 +11,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from inferflux.errors import Conflict, NotFound
+from inferflux.policy.identity import key_id as key_id_of
 from services.policy.history import CONFIG, MAX_REASON, SERVICE, History, Revision, draft
 from services.policy.keys import Key
-from services.policy.keys import key_id as key_id_of
 
 
 @dataclass(frozen=True, slots=True)

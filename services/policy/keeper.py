@@ -12,7 +12,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Collection
 
 from inferflux.clock import Clock, until_tick
 from inferflux.errors import InvalidRequest, PolicyPersistFailed, Unavailable
@@ -29,6 +30,7 @@ log = logging.getLogger(__name__)
 RECHECK_S = 1.0
 """Notices what no message tells: FLUSHALL, a message lost with its connection."""
 MAX_BACKOFF_S = 1.0
+KEY_ID = re.compile(r"key_[0-9a-f]{16}")
 
 
 class Keeper:
@@ -95,17 +97,21 @@ class Keeper:
         if not is_high_enough or self._memory.revision != await self._store.revision():
             await self.change(lambda book: book)
 
-    async def overtake(self, revision: int) -> None:
-        """Get up to a revision that a gateway has, as soon as the store has been read again.
+    async def overtake(self, revision: int, revoked: Collection[str] = ()) -> None:
+        """Get up to a revision that a gateway has, and to its revocations, as soon as the store has been read again.
 
         A gateway can be ahead of a replica that missed a write, or of a cluster that lost its state; the first must not
         be answered with old contents under a new number. Raises InvalidRequest.
         """
         if revision >= MAX_REVISION:
             raise InvalidRequest(f"revision {revision} is not one of ours", param="revision")
-        if revision <= max(self._floor, self._memory.revision):
+        if not all(map(KEY_ID.fullmatch, revoked)):
+            raise InvalidRequest("what is revoked must be ids of keys", param="revoked")
+        forgotten = frozenset(revoked) - self._memory.revoked
+        if not forgotten and revision <= max(self._floor, self._memory.revision):
             return
-        self._floor = revision
+        self._memory = self._memory.merge(KeyBook(revoked=forgotten))
+        self._floor = max(self._floor, revision, self._memory.revision + bool(forgotten))
         try:
             await self.refresh()
         except Unavailable:

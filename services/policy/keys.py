@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 
 from inferflux.errors import ConfigError, InvalidRequest
-from inferflux.policy.identity import Scope
+from inferflux.policy.identity import Scope, key_id
 from services.policy.pepper import Pepper
 
 # Visible ASCII without the separators of INFERFLUX_API_KEYS.
@@ -120,11 +120,6 @@ def hash_secret(secret: str, pepper: Pepper) -> bytes:
     """Hash a well-formed secret. Raises InvalidRequest."""
     _require(SECRET, secret, "secret", "8 to 256 visible ASCII characters without comma and colon")
     return pepper.hash_secret(secret)
-
-
-def key_id(secret_hash: bytes) -> str:
-    """Name the key whose first secret has this hash."""
-    return f"key_{secret_hash[:8].hex()}"
 
 
 def parse_api_keys(entries: Iterable[str], pepper: Pepper, *, now_ms: int) -> list[Key]:

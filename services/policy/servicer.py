@@ -56,7 +56,7 @@ class PolicyServicer(DocumentServicer):
         self, request: pb.WatchSnapshotRequest, context: Context
     ) -> AsyncIterator[pb.WatchSnapshotResponse]:
         log.info("watch opened", extra={"gateway_id": request.gateway_id, "gateway_revision": request.revision})
-        await self._keeper.overtake(request.revision)
+        await self._keeper.overtake(request.revision, request.revoked)
         async for _, book in self._keeper.feed.watch(at_least=request.revision):
             yield self._sign(book)
 
@@ -113,7 +113,7 @@ class PolicyServicer(DocumentServicer):
 
     def _to_snapshot(self, book: KeyBook) -> pb.PolicySnapshot:
         keys = [_to_record(key, with_hash=True) for key in book.live(self._keeper.now_ms())]
-        snapshot = pb.PolicySnapshot(revision=book.revision, keys=keys)
+        snapshot = pb.PolicySnapshot(revision=book.revision, keys=keys, revoked=sorted(book.revoked))
         if book.history.revisions:
             snapshot.policy.CopyFrom(to_revision(book.history.live))
         if book.history.candidate is not None:

@@ -147,14 +147,15 @@ def test_each_process_gets_its_own_keys_and_no_others(overlay: str) -> None:
 
 
 def test_the_chart_makes_all_keys_and_certificates() -> None:
-    """Those of a cluster on one machine, and the token of the operations port; it starts no guardrail workers."""
+    """Those of a cluster on one machine, and the token of the operations port; no guardrail or pooling workers."""
     secrets = {s["metadata"]["name"]: s for s in of_kind("laptop", "Secret")}
 
     keys = {name: base64.b64decode(text) for name, text in secrets["t-inferflux-keys"]["data"].items()}
     assert keys.keys() == {*pki.SECRETS, PUBLIC_FILE, "ops.token"}
     assert {len(keys[name]) for name in pki.SECRETS} == {pki.SECRET_BYTES}
     assert keys[PUBLIC_FILE] == public_key(keys[KEY_FILE])
-    assert {name.removeprefix("t-inferflux-tls-") for name in secrets if "-tls-" in name} == {*ROLES} - {"guardrails"}
+    certified = {name.removeprefix("t-inferflux-tls-") for name in secrets if "-tls-" in name}
+    assert certified == {*ROLES} - {"guardrails", "pooling"}
 
 
 def test_grace_covers_the_drain() -> None:

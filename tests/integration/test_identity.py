@@ -125,3 +125,17 @@ async def test_both_secrets_of_a_rotated_key_work_until_the_old_one_expires():
         assert await status(client, "old-secret") in {200, 401}
         await becomes(client, "old-secret", 401)
         assert await status(client, "new-secret") == 200
+
+
+async def test_what_was_revoked_once_stays_refused_whatever_a_later_snapshot_says():
+    """A store that forgot a revocation in a failover brings the key back; the gateway has not forgotten."""
+    async with site() as (cluster, _, client):
+        policy, lost = cluster.policy, cluster.policy.add("revoked-secret", "generate")
+        await becomes(client, "revoked-secret", 200)
+        policy.publish(policy.revision + 1, revoked=[f"key_{lost.secret_hash[:8].hex()}"])
+        await becomes(client, "revoked-secret", 401)
+        policy.add("later-secret", "generate")
+        await becomes(client, "later-secret", 200)
+
+        assert lost.key_id in policy.keys
+        assert await status(client, "revoked-secret") == 401

@@ -20,6 +20,7 @@ from tests.support.service import Service, temporary_home
 KEY = "ifx_admin-of-the-tests"
 READER = "ifx_reader-of-the-tests"
 ADMIN = {"authorization": f"Bearer {KEY}"}
+CARDS = {"name": "cards", "kind": "pii", "types": ["credit_card"], "action": "redact"}
 
 
 def answers(url: str) -> bool:
@@ -184,6 +185,40 @@ def test_inferctl_applies_compares_lists_and_rolls_back(http, url, plane, tmp_pa
     assert "$.audit.more" in wrong.stderr
     assert run(url, plane.home, "policy", "get", key=READER).returncode == 4
     assert "gateway-0" in run(url, plane.home, "policy", "status").stdout
+
+
+def test_inferctl_simulates_a_draft_on_recorded_traffic(http, url, plane, tmp_path):
+    """Beside what is in force, which stays; records come from the audit log or from a file of its lines."""
+    live = applied(http, {"guardrails": {"rules": [CARDS]}})
+    draft, traffic = tmp_path / "draft.json", tmp_path / "traffic.jsonl"
+    draft.write_text(json.dumps({"guardrails": {"rules": [CARDS | {"action": "block"}]}}))
+    records = [record(f"card {number}", n) for n, number in enumerate(("4111111111111111", "none", "none"))]
+    lines = [json.dumps(records[0]), json.dumps({"record": records[1], "hash": "x"}), json.dumps(records[2])]
+    traffic.write_text("\n".join(lines))
+    arguments = ("policy", "simulate", str(draft), "--traffic", str(traffic))
+    found = json.loads(run(url, plane.home, *arguments, "-o", "json").stdout)
+    shown = run(url, plane.home, *arguments)
+    empty = run(url, plane.home, "policy", "simulate", str(draft), "--since", "2999-01-01T00:00:00")
+    wrong = http.post("/v1/admin/policy/simulate", json={"document": {"x": 1}, "records": records})
+    no_candidate = http.post("/v1/admin/policy/simulate", json={"records": records})
+
+    counts = {"changed": 1, "newly_refused": 1, "newly_allowed": 0, "newly_redacted": 0}
+    assert found["summary"] == {"records": 3, "without_text": 0} | counts
+    (change,) = found["changes"]
+    assert (change["request_id"], change["before"]["is_redacted"]) == ("req_0", True)
+    assert change["after"]["refusal"] == "CONTENT_POLICY_VIOLATION"
+    assert "req_0" in shown.stdout
+    assert (empty.returncode, "no recorded requests" in empty.stderr) == (1, True)
+    assert (wrong.status_code, no_candidate.status_code) == (400, 409)
+    assert http.get("/v1/admin/policy").json()["revision"] == live["revision"]
+
+
+def record(text: str, number: int) -> dict[str, object]:
+    """What the audit log keeps of a request with debug_mode."""
+    body = json.dumps({"messages": [{"role": "user", "content": text}]})
+    who = {"tenant": "acme", "key_id": "key_1", "model": "tiny", "path": "/v1/chat/completions"}
+    at = f"2026-01-02T00:00:0{number}+00:00"
+    return who | {"kind": "request", "request_id": f"req_{number}", "at": at, "status": 200, "prompt": body}
 
 
 def test_inferctl_searches_and_verifies_the_audit_log(http, url, plane):

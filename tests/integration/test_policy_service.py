@@ -290,6 +290,26 @@ async def test_a_service_gets_above_the_revision_of_a_gateway(cluster):
         assert (await create(stub, "later")).revision > ahead
 
 
+async def test_a_gateway_tells_what_the_store_has_forgotten(cluster):
+    """A revocation that only a gateway knows is one again, for everybody and at once; nonsense is refused."""
+    async with client(service := cluster.service()) as stub, watching(service) as watcher:
+        made, kept = await create(stub), await create(stub, "kept")
+        ahead = pb.WatchSnapshotRequest(gateway_id="gateway-1", revision=kept.revision, revoked=[made.key.key_id])
+        wrong = pb.WatchSnapshotRequest(gateway_id="gateway-1", revoked=["a" * 20])
+        async with client(service, "gateway") as gateway:
+            call = gateway.WatchSnapshot(ahead)
+            first = pb.PolicySnapshot.FromString((await call.read()).snapshot)
+            call.cancel()
+            with pytest.raises(InvalidRequest), translated_errors():
+                await gateway.WatchSnapshot(wrong).read()
+
+        assert first.revision > kept.revision
+        assert (ids(first), list(first.revoked)) == ({kept.key.key_id}, [made.key.key_id])
+        await watcher.until(lambda s: ids(s) == {kept.key.key_id})
+        service.restart()
+        assert await listed(stub) == {kept.key.key_id}
+
+
 async def test_a_service_that_starts_without_redis_waits_and_is_not_ready(cluster):
     """It publishes nothing, rather than an empty set, until it has read the store."""
     async with client(service := cluster.service()) as stub:

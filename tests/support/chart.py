@@ -20,6 +20,7 @@ OVERLAYS = {
     "gpu": ("values-gpu.yaml",),
     "rdma": ("values-gpu.yaml", "values-rdma.yaml"),
     "ha": ("values-gpu.yaml", "values-ha.yaml"),
+    "ray": ("values-gpu.yaml", "values-ray.yaml"),
 }
 TIMEOUT_S = 60
 

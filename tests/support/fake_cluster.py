@@ -12,7 +12,7 @@ import hmac
 import itertools
 import json
 import tempfile
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -82,10 +82,10 @@ class FakePolicy(PolicyServiceServicer):
         self.publish(self.revision + 1)
         return record
 
-    def publish(self, revision: int) -> None:
+    def publish(self, revision: int, revoked: Sequence[str] = ()) -> None:
         self.revision = revision
-        keys = self.keys.values()
-        self.feed.publish(revision, policy_pb.PolicySnapshot(revision=revision, keys=keys, policy=self.policy))
+        fields = {"keys": self.keys.values(), "policy": self.policy, "revoked": revoked}
+        self.feed.publish(revision, policy_pb.PolicySnapshot(revision=revision, **fields))
 
     async def WatchSnapshot(self, request, context) -> AsyncIterator[policy_pb.WatchSnapshotResponse]:
         async for _, snapshot in self.feed.watch():
@@ -233,7 +233,8 @@ def failed(reason: str, status: int, *, is_retryable: bool = False) -> decode_pb
 
 def committed(job: Job) -> list[decode_pb.KvReport]:
     tickets = [prompt.ticket.ticket_id for prompt in job.start.prompts if prompt.HasField("ticket")]
-    reports = [decode_pb.KvReport(ticket_id=t, result=decode_pb.KV_RESULT_COMMITTED, num_bytes=1000) for t in tickets]
+    result = decode_pb.KV_RESULT_COMMITTED
+    reports = [decode_pb.KvReport(ticket_id=t, result=result, num_bytes=1000, transport="nixl") for t in tickets]
     for report in reports:
         report.transfer_time.FromMilliseconds(2)
     return reports
@@ -415,6 +416,15 @@ class FakeCluster:
         add_DecodeServiceServicer_to_server(worker, server.grpc)
         await server.start()
         self.registry.put(worker.record(pb.WORKER_ROLE_DECODE))
+        return worker
+
+    async def add_pooling(self, worker_id: str = "pooling-0", **fields: Any) -> FakeDecode:
+        """A pooling worker speaks like a decode worker."""
+        worker = FakeDecode(worker_id, **fields)
+        server = await self._serve(worker_id, self._address(worker), "DecodeService", role="pooling")
+        add_DecodeServiceServicer_to_server(worker, server.grpc)
+        await server.start()
+        self.registry.put(worker.record(pb.WORKER_ROLE_POOLING))
         return worker
 
     async def add_prefill(self, worker_id: str = "prefill-0", **fields: Any) -> FakePrefill:

@@ -121,6 +121,11 @@ class Proxy:
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RST)
             writer.transport.abort()
 
+    def redirect(self, target: str) -> None:
+        """Connect to another server from now on; connections to the one before break."""
+        self._target = target
+        self.reset()
+
     def half_close(self, direction: Direction) -> None:
         """End one direction of all connections, as a peer does that says nothing more and still listens."""
         for writer in tuple(self._writers):
@@ -134,7 +139,7 @@ class Proxy:
         task.add_done_callback(self._tasks.discard)
         try:
             target_reader, target_writer = await self._connect()
-        except OSError:
+        except (OSError, asyncio.CancelledError):
             writer.transport.abort()
             return
         both = {writer, target_writer}

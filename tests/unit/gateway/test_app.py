@@ -20,6 +20,7 @@ from services.gateway.endpoints import ENDPOINTS, Scope
 from services.gateway.envelope import BodyLimits
 from services.gateway.fleet import Fleet
 from services.gateway.fleet_api import FleetApi
+from services.gateway.guardrails.referees import Referees
 from services.gateway.idempotency import Idempotency, RecordLimits, Records
 from services.gateway.inference import Inference
 from services.gateway.matrix import Matrix
@@ -29,6 +30,7 @@ from services.gateway.policy_api import PolicyApi
 from services.gateway.policy_documents import PolicyRevision, PolicyState
 from services.gateway.policy_views import PolicyViews
 from services.gateway.pool import Pool, Terms
+from services.gateway.rehearsal_api import RehearsalApi
 from services.gateway.reservations import Reservations
 from services.gateway.routing import LocalPrefill
 from services.gateway.views import Model
@@ -105,7 +107,12 @@ def app() -> Doorway:
     admin = AdminApi(Policy(), never, FleetApi(Fleet(lambda: ())), Matrix(lambda: (), News()))
     apis = PolicyApi(Documents(), never), PolicyViews(Documents(), never), AuditApi(Documents())
     cache = CacheApi(inference.auth, inference.pool, str)
-    return create_app(idempotency, (admin, cache, *apis), lambda _: (MODEL,), Lifecycle("gateway", "g"))
+    return create_app(
+        idempotency,
+        (admin, cache, RehearsalApi(inference.policies, Referees()), *apis),
+        lambda _: (MODEL,),
+        Lifecycle("gateway", "g"),
+    )
 
 
 @pytest.fixture
@@ -146,6 +153,7 @@ ALL_PATHS = (
     "/v1/admin/policy/revisions",
     "/v1/admin/policy/revisions/7",
     "/v1/admin/policy/validate",
+    "/v1/admin/policy/simulate",
     "/v1/admin/policy/promote",
     "/v1/admin/policy/rollback",
     "/v1/admin/policy/status",
@@ -232,6 +240,7 @@ NEEDS = {
     "/v1/admin/policy/revisions": set(),
     "/v1/admin/policy/revisions/7": set(),
     "/v1/admin/policy/validate": set(),
+    "/v1/admin/policy/simulate": set(),
     "/v1/admin/policy/promote": set(),
     "/v1/admin/policy/rollback": set(),
     "/v1/admin/policy/status": set(),
@@ -245,7 +254,7 @@ NEEDS = {
 @pytest.mark.parametrize("path", NEEDS)
 async def test_each_route_takes_exactly_its_scopes(client, path):
     """403 for the others, and for nobody else; ADMIN may do everything."""
-    posts = ("drain", "rotate", "validate", "promote", "rollback")
+    posts = ("drain", "rotate", "validate", "simulate", "promote", "rollback")
     method = "POST" if path in ENDPOINTS or path.endswith(posts) else "DELETE" if path.endswith("key_1") else "GET"
     for scope in Scope:
         response = await client.request(method, path, headers=bearer(scope), content=b"not json")

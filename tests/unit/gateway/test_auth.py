@@ -34,7 +34,7 @@ def authenticator(*keys: Key, now: float = NOW) -> Authenticator:
 def refusal(auth: Authenticator, headers: dict[bytes, bytes]) -> tuple[str, int, str, str | None]:
     """All that a client can see of a refusal."""
     with pytest.raises(Unauthenticated) as raised:
-        auth.authenticate(headers)
+        auth.authenticate(read_credential(headers))
     return raised.value.reason, raised.value.http_status, raised.value.message, raised.value.param
 
 
@@ -49,16 +49,16 @@ def refusal(auth: Authenticator, headers: dict[bytes, bytes]) -> tuple[str, int,
 )
 def test_a_key_comes_as_bearer_or_x_api_key(headers):
     """As clients of OpenAI and Anthropic send it; the scheme in any case."""
-    assert authenticator(key()).authenticate(headers).tenant == "acme"
+    assert authenticator(key()).authenticate(read_credential(headers)).tenant == "acme"
 
 
 def test_authorization_decides_when_both_are_there():
     """A bad one is not rescued by a good x-api-key."""
     auth = authenticator(key())
 
-    assert auth.authenticate(bearer(SECRET) | {b"x-api-key": b"something-else"})
+    assert auth.authenticate(read_credential(bearer(SECRET) | {b"x-api-key": b"something-else"}))
     with pytest.raises(Unauthenticated):
-        auth.authenticate(bearer(b"something-else") | {b"x-api-key": SECRET})
+        auth.authenticate(read_credential(bearer(b"something-else") | {b"x-api-key": SECRET}))
 
 
 @pytest.mark.parametrize(
@@ -79,13 +79,13 @@ def test_authorization_decides_when_both_are_there():
 def test_anything_else_is_no_key(headers):
     """401, also when the secret is somewhere in it."""
     with pytest.raises(Unauthenticated):
-        authenticator(key()).authenticate(headers)
+        authenticator(key()).authenticate(read_credential(headers))
 
 
 @pytest.mark.parametrize("secret", [b"!" * 8, b"~" * 256, bytes(range(0x21, 0x7F))])
 def test_keys_of_8_to_256_visible_characters_are_well_formed(secret):
     """The limits themselves are allowed."""
-    assert authenticator(key(secret)).authenticate(bearer(secret))
+    assert authenticator(key(secret)).authenticate(read_credential(bearer(secret)))
 
 
 @pytest.mark.parametrize(
@@ -131,7 +131,7 @@ def test_a_key_works_until_it_expires(expires_at, is_good):
     """Not at that instant any more."""
     auth = authenticator(key(expires_at=expires_at))
     if is_good:
-        assert auth.authenticate(bearer(SECRET))
+        assert auth.authenticate(read_credential(bearer(SECRET)))
     else:
         refusal(auth, bearer(SECRET))
 
@@ -142,7 +142,7 @@ def test_expiry_needs_no_new_key_ring():
     ring = KeyRing(1, {(k := key(expires_at=NOW + 1)).secret_hash: k})
     auth = Authenticator(PEPPER, lambda: ring, lambda: now)
 
-    assert auth.authenticate(bearer(SECRET))
+    assert auth.authenticate(read_credential(bearer(SECRET)))
     now += 1
     refusal(auth, bearer(SECRET))
 
@@ -152,7 +152,7 @@ def test_the_newest_key_ring_counts():
     ring = KeyRing(1, {key().secret_hash: key()})
     auth = Authenticator(PEPPER, lambda: ring)
 
-    assert auth.authenticate(bearer(SECRET))
+    assert auth.authenticate(read_credential(bearer(SECRET)))
     ring = KeyRing(2, {})
     refusal(auth, bearer(SECRET))
 
@@ -162,10 +162,10 @@ def test_without_a_policy_nobody_is_let_in():
     auth = Authenticator(PEPPER, lambda: None)
 
     with pytest.raises(Unavailable) as raised:
-        auth.authenticate(bearer(SECRET))
+        auth.authenticate(read_credential(bearer(SECRET)))
     assert raised.value.is_retryable
     with pytest.raises(Unauthenticated):
-        auth.authenticate({})
+        auth.authenticate(read_credential({}))
 
 
 def test_another_pepper_makes_another_hash():
@@ -228,8 +228,10 @@ def test_the_policy_adds_roles_and_takes_models():
     record = Key(hash_secret(PEPPER, SECRET), principal, roles=("watcher", "unknown"), models=("tiny", "big"))
     ring = KeyRing(1, {record.secret_hash: record})
 
-    bare = Authenticator(PEPPER, lambda: ring).authenticate(bearer(SECRET))
-    found = Authenticator(PEPPER, lambda: ring, identity=lambda _: identity).authenticate(bearer(SECRET))
+    bare = Authenticator(PEPPER, lambda: ring).authenticate(read_credential(bearer(SECRET)))
+    found = Authenticator(PEPPER, lambda: ring, identity=lambda _: identity).authenticate(
+        read_credential(bearer(SECRET))
+    )
 
     assert (bare.scopes, found.scopes) == ({Scope.GENERATE}, {Scope.GENERATE, Scope.READ})
     assert [name for name in ("tiny", "big", "llama-8b", "llama-70b") if bare.allowance.permits(name)] == [

@@ -12,7 +12,7 @@ from inferflux.errors import Unavailable
 from inferflux.telemetry import metrics
 from services.gateway.auth import KeyRing
 from services.gateway.policy import Policies, Policy
-from services.gateway.policy_report import PolicyReporter, Trial
+from services.gateway.policy_report import Contact, PolicyReporter, Trial
 from services.gateway.snapshots import Snapshot
 
 KEYS = KeyRing(1, {})
@@ -51,7 +51,7 @@ async def test_changes_are_reported_at_once_and_silence_shows_in_the_age():
         if seen.revision == 2:
             raise Unavailable("away")
 
-    task = asyncio.create_task(PolicyReporter(snapshot, Trial(), send, clock).run())
+    task = asyncio.create_task(PolicyReporter(snapshot, Trial(), send, Contact(clock)).run())
     await asyncio.sleep(7)
     assert sent == []
     for revision in (1, 2, 3):
@@ -66,3 +66,19 @@ async def test_changes_are_reported_at_once_and_silence_shows_in_the_age():
     assert list(dict.fromkeys(revision for revision, _ in sent)) == [1, 2, 3]
     assert sent[0][1] < 7.5
     assert age == 0
+
+
+def test_the_last_policy_holds_for_as_long_as_is_configured():
+    """Then nobody is let in until the policy service is heard of again; 0 means for ever."""
+    clock = ManualClock()
+    contact, patient = Contact(clock, 60), Contact(clock)
+    clock.advance(60)
+    contact.require()
+    clock.advance(1)
+    with pytest.raises(Unavailable, match="for 61 s; its last one holds for 60 s") as raised:
+        contact.require()
+    assert raised.value.is_retryable
+    patient.require()
+
+    contact.renew()
+    contact.require()

@@ -11,7 +11,7 @@ from inferflux.clock import ManualClock
 from inferflux.errors import PermissionDenied, Unauthenticated, Unavailable
 from inferflux.policy.identity import Identity, IdentitySection, Scope, compile_identity
 from services.gateway import jwks
-from services.gateway.auth import BAD_CREDENTIAL, Authenticator, KeyRing
+from services.gateway.auth import BAD_CREDENTIAL, Authenticator, KeyRing, read_credential
 from services.gateway.jwks import KeySource, parse_keys, place_of
 from services.gateway.tokens import MAX_REMEMBERED, TokenVerifier
 from tests.support.issuer import TokenIssuer, ec_key, forgeries, rsa_key, sign, stranger
@@ -100,7 +100,7 @@ def test_forgeries_are_refused_in_the_same_words(sources, token):
     """Whatever is wrong with them, through the whole of authentication."""
     auth = Authenticator(b"p", lambda: KeyRing(1), identity=lambda _: IDENTITY, tokens=verifier(sources))
     with pytest.raises(Unauthenticated) as raised:
-        auth.authenticate({b"authorization": b"Bearer " + token.encode()})
+        auth.authenticate(read_credential({b"authorization": b"Bearer " + token.encode()}))
 
     assert raised.value.message == BAD_CREDENTIAL
 
@@ -306,7 +306,7 @@ def test_without_issuers_nothing_is_a_token(sources):
     """It is a key then, and no good one."""
     auth = Authenticator(b"p", lambda: KeyRing(1), tokens=verifier(sources))
     with pytest.raises(Unauthenticated):
-        auth.authenticate({b"authorization": b"Bearer " + ISSUER.token().encode()})
+        auth.authenticate(read_credential({b"authorization": b"Bearer " + ISSUER.token().encode()}))
 
 
 def test_parsed_keys_of_the_same_set_are_equal():

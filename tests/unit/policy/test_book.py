@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from inferflux.errors import Conflict, NotFound
-from inferflux.policy.identity import Scope
+from inferflux.policy.identity import Scope, key_id
 from services.policy.book import KeyBook
-from services.policy.keys import Key, key_id
+from services.policy.keys import Key
 
 NOW_MS = 1_700_000_000_000
 
