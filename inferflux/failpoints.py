@@ -154,6 +154,12 @@ ON: Final = "IFX_FAILPOINTS" in os.environ or "IFX_FAILPOINTS_DIR" in os.environ
 _points = Failpoints(os.environ) if ON else None
 
 
+def renew() -> None:
+    """Read the environment again: this process was forked from one of another name."""
+    global _points  # noqa: PLW0603 - of the process, as the environment is
+    _points = Failpoints(os.environ) if ON else None
+
+
 def hit(site: str, data: npt.NDArray[np.uint8] | None = None) -> None:
     """Pass a site of SITES; `data` as in Failpoints.hit. Raises Internal where a failpoint says `error`."""
     if _points is not None:

@@ -11,6 +11,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,11 +22,13 @@ from inferflux.cli import digests, jobs
 from inferflux.cli.digests import Digests
 from inferflux.engine import reference
 from inferflux.errors import ConfigError, InferfluxError
+from inferflux.models import manifest
 from inferflux.models.manifest import REFERENCE
 
 DEFAULT = "smollm2-135m"
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "tekken.json", "vocab.txt")
 GIB = 1 << 30
+MODULE = re.compile(r"\d+_[A-Za-z]+")
 FLOAT32_BYTES_PER_WEIGHT_BYTE = 2  # weights come in 16 bits
 
 Progress = Callable[[str, float | None], None]
@@ -47,6 +50,7 @@ class Model:
     weights_digest: str
     num_weight_bytes: int
     reference: Path
+    is_embedding: bool = False
 
 
 def prepare(name_or_folder: str, models_dir: Path, progress: Progress, *, available_bytes: int) -> Model:
@@ -58,14 +62,18 @@ def prepare(name_or_folder: str, models_dir: Path, progress: Progress, *, availa
 
         pull.ensure(name, folder, models_dir, progress)
         files = check_folder(folder)
+        if is_embedding := manifest.is_embedding(folder):
+            check_modules(folder)
         cache = cache_dir(folder, models_dir)
         known = ensure_digests(folder, files, cache, progress)
         num_bytes = sum(f.size for n, f in known.files.items() if n.endswith(".safetensors"))
-        place = next((p for p in (folder, cache) if has_reference(p, known.weights_digest)), None)
+        place = next(
+            (p for p in (folder, cache) if has_reference(p, known.weights_digest, is_embedding=is_embedding)), None
+        )
         if place is None:
             check_room(name, num_bytes, available_bytes)
-            compute_reference(folder, known.weights_digest, cache, progress)
-        return Model(name, folder, known.weights_digest, num_bytes, (place or cache) / REFERENCE)
+            compute_reference(folder, known.weights_digest, cache, progress, is_embedding=is_embedding)
+        return Model(name, folder, known.weights_digest, num_bytes, (place or cache) / REFERENCE, is_embedding)
 
 
 def locate(name_or_folder: str, models_dir: Path) -> tuple[str, Path]:
@@ -104,7 +112,8 @@ def check_folder(folder: Path) -> list[str]:
         raise ModelError(f"{folder} has no tokenizer ({', '.join(VOCABULARIES)})")
     settings = [p.name for p in folder.glob("*.json") if not p.name.startswith("inferflux-")]
     templates = [p.name for p in folder.glob("*.jinja")]
-    return sorted({"config.json", *check_weights(folder), *vocabularies, *settings, *templates})
+    modules = [p.relative_to(folder).as_posix() for p in folder.glob("[0-9]*_*/config.json")]
+    return sorted({"config.json", *check_weights(folder), *vocabularies, *settings, *templates, *modules})
 
 
 def check_weights(folder: Path) -> list[str]:
@@ -120,6 +129,19 @@ def check_weights(folder: Path) -> list[str]:
     if not weights:
         raise ModelError(f"{folder} has no *.safetensors weights (pickled .bin and .pt files are not read)")
     return weights
+
+
+def check_modules(folder: Path) -> None:
+    """Check that the modules of an embedding model are folders of its own."""
+    try:
+        modules = json.loads((folder / "modules.json").read_text())
+        paths = [str(module["path"]) for module in modules]
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise ModelError(f"{folder}/modules.json: {type(e).__name__}: {e}") from e
+    if strange := [path for path in paths if path and not MODULE.fullmatch(path)]:
+        raise ModelError(
+            f"{folder}/modules.json: {strange[0][:200]!r} is not the folder of a module, such as 1_Pooling"
+        )
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -151,10 +173,11 @@ def ensure_digests(folder: Path, files: list[str], cache: Path, progress: Progre
     return known
 
 
-def has_reference(place: Path, weights_digest: str) -> bool:
+def has_reference(place: Path, weights_digest: str, *, is_embedding: bool) -> bool:
     """Say whether the numerics reference is there and of these very weights."""
+    load = reference.load_embedding if is_embedding else reference.load
     try:
-        return reference.load(place / REFERENCE).weights_digest == weights_digest
+        return load(place / REFERENCE).weights_digest == weights_digest
     except ConfigError:
         return False  # none yet, or one of another format
 
@@ -167,10 +190,13 @@ def check_room(name: str, num_weight_bytes: int, available_bytes: int) -> None:
         raise ModelError(f"not enough memory for the numerics reference of {name} in float32: {sizes}")
 
 
-def compute_reference(folder: Path, weights_digest: str, cache: Path, progress: Progress) -> None:
+def compute_reference(
+    folder: Path, weights_digest: str, cache: Path, progress: Progress, *, is_embedding: bool
+) -> None:
     """Compute the numerics reference in a child process, once."""
     arguments = [str(folder), weights_digest, str(cache / REFERENCE)]
-    jobs.run("reference", arguments, lambda fraction: progress("computing numerics reference", fraction))
+    job = "embedding_reference" if is_embedding else "reference"
+    jobs.run(job, arguments, lambda fraction: progress("computing numerics reference", fraction))
 
 
 @contextmanager

@@ -100,20 +100,27 @@ def describe(wish: Wish, version: int, numerics: str, files: dict[str, SignedFil
     """Put the manifest together."""
     config = manifest.read_json((wish.folder / "config.json").read_bytes(), "config.json")
     template = next((n for n in files if n.startswith("chat_template.")), "")
-    has_template = manifest.has_chat_template(wish.folder)
     return Manifest(
         name=wish.name,
         version=version,
         architectures=tuple(map(str, config.get("architectures") or ())),
         tokenizer=tuple(sorted(n for n in files if is_tokenizer(n))),
         chat_template=files[template].sha256 if template else embedded_template(wish.folder),
-        capabilities=wish.capabilities or capabilities.of_generative(has_chat_template=has_template),
+        capabilities=wish.capabilities or usual_capabilities(wish.folder),
         max_context=int(config.get("max_position_embeddings") or 0),
         numerics=numerics,
         licence=wish.licence,
         provenance=manifest.PROVENANCE,
         files=files,
     )
+
+
+def usual_capabilities(folder: Path) -> tuple[str, ...]:
+    """Say what a model of this kind can do."""
+    if manifest.is_embedding(folder):
+        return capabilities.of_embedding()
+    has_template, has_vision = manifest.has_chat_template(folder), manifest.has_vision(folder)
+    return capabilities.of_generative(has_chat_template=has_template, has_vision=has_vision)
 
 
 def is_tokenizer(name: str) -> bool:
@@ -130,15 +137,17 @@ def embedded_template(folder: Path) -> str:
 
 def ensure_reference(folder: Path, digest: str) -> str:
     """Make sure that the folder has the numerics reference of its weights; returns the file's name."""
-    path = folder / manifest.REFERENCE
+    path, is_embedding = folder / manifest.REFERENCE, manifest.is_embedding(folder)
     try:
-        if reference.load(path).weights_digest == digest:
+        known = reference.load_embedding(path) if is_embedding else reference.load(path)
+        if known.weights_digest == digest:
             return path.name
     except ConfigError:
         pass
     from inferflux.cli import jobs  # noqa: PLC0415 - only when there is none
 
-    jobs.run("reference", [str(folder), digest, str(path)], lambda _: None)
+    job = "embedding_reference" if is_embedding else "reference"
+    jobs.run(job, [str(folder), digest, str(path)], lambda _: None)
     return path.name
 
 

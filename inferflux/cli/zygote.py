@@ -24,6 +24,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
+from inferflux import failpoints
 from inferflux.cli.pdeathsig import die_with_parent
 from inferflux.engine.options import EngineOptions
 from inferflux.engine.vllm.arguments import set_environment
@@ -37,6 +38,7 @@ PRELOAD = (
     "inferflux.engine.vllm.llm",
     "inferflux.engine.vllm.application",
     "inferflux.engine.vllm.connector",
+    "inferflux.engine.vllm.grammars",
     "inferflux.engine.vllm.numerics",
     "vllm.entrypoints.launchers.api_server.app_state",
     "vllm.entrypoints.launchers.app",
@@ -110,6 +112,7 @@ def become(order: Message) -> int:
         os.set_inheritable(target, True)
     os.environ.clear()
     os.environ.update(order["env"])
+    failpoints.renew()
     if (torch := sys.modules.get("torch")) is not None:  # OpenMP read the environment when it was loaded
         torch.set_num_threads(int(order["env"]["OMP_NUM_THREADS"]))
     sys.argv = [order["script"]]

@@ -30,8 +30,9 @@ class Parallelism:
 
     `expert`: the experts of a mixture are spread over the ranks of all replicas instead of being cut like the other
     weights. `executor`: what starts the ranks: uniproc (one rank, inside the engine core), mp (processes of this host),
-    ray (actors, on any host of the Ray cluster at `ray_address`), or auto, which is uniproc for one rank and mp for
-    more.
+    ray (actors, on any host of the Ray cluster at `ray_address`), or auto, which is ray for several nodes, else uniproc
+    for one rank and mp for more. `nodes`: hosts that the ranks of all replicas are spread over, equally many on each;
+    0 = as there is room.
     """
 
     tensor: int = 1
@@ -39,12 +40,31 @@ class Parallelism:
     data: int = 1
     expert: bool = False
     executor: Literal["auto", "uniproc", "mp", "ray"] = "auto"
+    nodes: int = 0
     ray_address: str = "auto"
 
     @property
     def num_ranks(self) -> int:
         """Ranks of one replica."""
         return self.tensor * self.pipeline
+
+    @property
+    def uses_ray(self) -> bool:
+        """Whether the ranks are actors."""
+        return self.executor == "ray" or (self.executor == "auto" and self.nodes > 1)
+
+    @property
+    def nodes_of_replica(self) -> int:
+        """Hosts of one replica's ranks; 0 = as there is room."""
+        return max(self.nodes // self.data, 1) if self.nodes else 0
+
+
+@dataclass(frozen=True, slots=True)
+class GrammarLimits:
+    """What compiling one grammar of structured output may take: seconds of CPU time, bytes of memory."""
+
+    cpu_s: int = 2
+    memory_bytes: int = 256 * MIB
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,3 +93,4 @@ class EngineOptions:
     parallelism: Parallelism = Parallelism()
     numerics_reference: Path | None = None
     sim_profile: Path | None = None
+    grammar_limits: GrammarLimits = GrammarLimits()

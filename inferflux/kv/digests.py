@@ -32,9 +32,13 @@ def block_digest(parts: Iterable[Buffer]) -> bytes:
     return digest.digest()
 
 
-def prompt_digest(token_ids: Sequence[int]) -> bytes:
-    """Hash token ids as little-endian uint32 to 16 bytes. Raises OverflowError for an id that does not fit."""
-    return xxhash.xxh3_128_digest(_as_bytes(token_ids))
+def prompt_digest(token_ids: Sequence[int], media: str = "") -> bytes:
+    """Hash token ids as little-endian uint32 to 16 bytes. Raises OverflowError for an id that does not fit.
+
+    `media`: names what else the prompt is made of. Its placeholders are the same ids for every image.
+    """
+    ids = _as_bytes(token_ids)
+    return xxhash.xxh3_128_digest(ids + b"/" + media.encode() if media else ids)
 
 
 def prefix_root(fingerprint: ModelFingerprint, salt: str) -> bytes:

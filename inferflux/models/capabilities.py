@@ -13,6 +13,8 @@ class Capability(StrEnum):
     RESPONSES = "responses"
     MESSAGES = "messages"
     EMBEDDINGS = "embeddings"
+    SCORE = "score"
+    CLASSIFY = "classify"
     VISION = "vision"
     TOOLS = "tools"
     JSON_SCHEMA = "json_schema"
@@ -21,13 +23,20 @@ class Capability(StrEnum):
 
 
 NEED_A_TEMPLATE = frozenset({Capability.CHAT, Capability.RESPONSES, Capability.MESSAGES, Capability.TOOLS})
-GENERATIVE = frozenset(Capability) - {Capability.EMBEDDINGS, Capability.VISION, Capability.LORA}
+POOLING = frozenset({Capability.EMBEDDINGS, Capability.SCORE, Capability.CLASSIFY})
+GENERATIVE = frozenset(Capability) - POOLING - {Capability.VISION, Capability.LORA}
 
 
-def of_generative(*, has_chat_template: bool) -> tuple[str, ...]:
+def of_generative(*, has_chat_template: bool, has_vision: bool = False) -> tuple[str, ...]:
     """What a language model can do when nobody says otherwise: without a template there is no conversation."""
     able = GENERATIVE if has_chat_template else GENERATIVE - NEED_A_TEMPLATE
+    able |= {Capability.VISION} if has_vision else set()
     return tuple(c.value for c in Capability if c in able)
+
+
+def of_embedding() -> tuple[str, ...]:
+    """What a model that gives vectors can do: texts are compared by theirs."""
+    return (Capability.EMBEDDINGS.value, Capability.SCORE.value)
 
 
 def effective(declared: tuple[str, ...], supported: tuple[str, ...]) -> tuple[str, ...]:

@@ -116,6 +116,17 @@ def refuse_code(configs: Mapping[str, bytes]) -> None:
                 raise ModelRefused(f"{name}: has {key}: models that bring their own code are not run")
 
 
+def is_embedding(folder: Path) -> bool:
+    """Say whether a folder's model gives vectors: sentence-transformers' models say how, in a list of modules."""
+    return (folder / "modules.json").is_file()
+
+
+def has_vision(folder: Path) -> bool:
+    """Say whether a folder's model sees, by its configuration."""
+    path = folder / "config.json"
+    return path.is_file() and "vision_config" in read_json(path.read_bytes(), path.name)
+
+
 def has_chat_template(folder: Path) -> bool:
     """Say whether a folder has a chat template, in a file of its own or in the tokenizer's configuration."""
     if any(folder.glob("chat_template.*")) or (folder / "chat_templates").is_dir():

@@ -28,6 +28,7 @@ _TOKEN_S = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25
 _TRANSFER_S = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
 _RPC_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0, 60.0)
 _LIMIT_S = (0.0001, 0.00025, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5, 2.5)
+_IMAGE_SIZES = tuple(float(1 << exponent) for exponent in range(10, 27, 2))
 _LAG_S = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.0, 5.0)
 
 
@@ -230,6 +231,13 @@ CLAIM_SECONDS = Histogram(
     "conflict, expired, stale, unanswered.",
     ("result",),
     buckets=_TRANSFER_S,
+    registry=REGISTRY,
+)
+
+EXPERT_TOKENS = Counter(
+    "inferflux_expert_tokens",
+    "Tokens that an engine with expert parallelism sent to an expert of a mixture, summed over its layers.",
+    ("expert",),
     registry=REGISTRY,
 )
 
@@ -437,6 +445,37 @@ CAPABILITY_REJECTED = Counter(
     "inferflux_capability_rejected",
     "Requests refused because their model can't do what they ask for, by capability.",
     ("capability",),
+    registry=REGISTRY,
+)
+IMAGES = Counter(
+    "inferflux_images",
+    "Images in requests, by result (accepted, refused).",
+    ("result",),
+    registry=REGISTRY,
+)
+IMAGE_BYTES = Histogram(
+    "inferflux_image_bytes",
+    "Size of an accepted image as it came, without base64.",
+    buckets=_IMAGE_SIZES,
+    registry=REGISTRY,
+)
+IMAGE_PIXELS = Histogram(
+    "inferflux_image_pixels",
+    "Width times height of an accepted image.",
+    buckets=_IMAGE_SIZES,
+    registry=REGISTRY,
+)
+IMAGE_FETCH_SECONDS = Histogram(
+    "inferflux_image_fetch_seconds",
+    "Time in seconds to fetch an image by its address, or to fail.",
+    buckets=_RPC_S,
+    registry=REGISTRY,
+)
+IMAGE_PREPROCESS_SECONDS = Histogram(
+    "inferflux_image_preprocess_seconds",
+    "Time in seconds to make a model's input of all images of a prompt: resizing, cutting, normalizing.",
+    ("role",),
+    buckets=_RPC_S,
     registry=REGISTRY,
 )
 CONNECTIONS = Gauge(

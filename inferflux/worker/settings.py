@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from inferflux.config import CommonSettings
-from inferflux.engine.options import MIB, EngineOptions, Parallelism
+from inferflux.engine.options import MIB, EngineOptions, GrammarLimits, Parallelism
 from inferflux.kv import nixl
 from inferflux.models.rules import SignaturePolicy
 from inferflux.types import Role, Transport
@@ -71,9 +71,15 @@ class WorkerSettings(CommonSettings):
     """Whether the experts of a mixture are spread over all ranks instead of being cut like other weights."""
     executor: Literal["auto", "uniproc", "mp", "ray"] = "auto"
     """What starts the ranks: uniproc (one, in the engine's process), mp (processes of this host), ray (actors of a Ray
-    cluster); auto is uniproc for one rank and mp for more."""
+    cluster); auto is ray for several nodes, else uniproc for one rank and mp for more."""
+    nodes: int = 0
+    """Hosts of the Ray cluster that the ranks are spread over, equally many on each; 0: as there is room."""
     ray_address: str = "auto"
     """Where the Ray cluster is, host:port; auto: a node of it runs on this host."""
+    grammar_cpu_s: int = 2
+    """CPU time that compiling one grammar of structured output (a JSON schema, a regular expression) may take."""
+    grammar_memory_bytes: int = 256 * MIB
+    """Memory that compiling one grammar of structured output may take."""
     sim_profile: Path | None = None
     """Sizes and latencies of the simulated engine."""
     numerics_reference: Path | None = None
@@ -98,6 +104,9 @@ class WorkerSettings(CommonSettings):
             raise ValueError("INFERFLUX_KV_TRANSPORT: nixl is not installed: pip install 'inferflux[nixl]'")
         if not 0 <= self.kv_pinned_share <= 1:
             raise ValueError(f"INFERFLUX_KV_PINNED_SHARE: {self.kv_pinned_share} is not between 0 and 1")
+        for name in ("grammar_cpu_s", "grammar_memory_bytes"):
+            if (value := getattr(self, name)) < 1:
+                raise ValueError(f"INFERFLUX_{name.upper()}: {value} is not at least 1")
         parse_cores(self.cpu_cores)
         self._check_parallelism()
 
@@ -108,7 +117,8 @@ class WorkerSettings(CommonSettings):
                 raise ValueError(f"INFERFLUX_{name.upper()}: {size} is not at least 1")
         if self.executor == "uniproc" and (num_ranks := self.parallelism.num_ranks) > 1:
             raise ValueError(f"INFERFLUX_EXECUTOR: uniproc has one rank, {num_ranks} are wanted")
-        if self.executor == "ray":
+        _check_nodes(self.parallelism)
+        if self.parallelism.uses_ray:
             _check_ray()
 
     @property
@@ -120,6 +130,7 @@ class WorkerSettings(CommonSettings):
             self.data_parallel,
             self.expert_parallel,
             self.executor,
+            self.nodes,
             self.ray_address,
         )
 
@@ -152,6 +163,19 @@ class WorkerSettings(CommonSettings):
             parallelism=self.parallelism,
             numerics_reference=model.numerics_reference,
             sim_profile=self.sim_profile,
+            grammar_limits=GrammarLimits(self.grammar_cpu_s, self.grammar_memory_bytes),
+        )
+
+
+def _check_nodes(parallelism: Parallelism) -> None:
+    nodes, replicas, ranks = parallelism.nodes, parallelism.data, parallelism.data * parallelism.num_ranks
+    if nodes < 0:
+        raise ValueError(f"INFERFLUX_NODES: {nodes} is below 0")
+    if nodes > 1 and not parallelism.uses_ray:
+        raise ValueError(f"INFERFLUX_NODES: {nodes} hosts take the executor ray, it is {parallelism.executor}")
+    if nodes and (ranks % nodes or (nodes % replicas and replicas % nodes)):
+        raise ValueError(
+            f"INFERFLUX_NODES: {replicas} replicas of {parallelism.num_ranks} ranks can't lie equally on {nodes} hosts"
         )
 
 

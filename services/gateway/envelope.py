@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from inferflux.errors import BodyTooLarge, InvalidRequest, RequestTimeout
-from services.gateway import bounds, capabilities, media, strict_json
+from services.gateway import bounds, capabilities, images, media, schemas, strict_json
 from services.gateway.asgi import ClientGone, Headers, Receive
 from services.gateway.bounds import Price
 from services.gateway.capabilities import Wants
+from services.gateway.images import ImageLimits
 
 MAX_MODEL_NAME = 256
 # A body must keep arriving at this rate after the grace time; a phone on a bad link sends faster.
@@ -24,22 +25,29 @@ SLOWEST_BODY_BYTES_PER_S = 16 * 1024
 class BodyLimits:
     """`grace_s`: a body may be silent this long in all, plus the time its bytes earn at the slowest rate.
 
-    `max_sequences`: prompts times choices of one request.
+    `max_sequences`: prompts times choices of one request. `max_schema_bytes`: of all its schemas together.
     """
 
     max_bytes: int = 32 << 20
     max_depth: int = 64
     grace_s: float = 10.0
     max_sequences: int = 128
+    max_schema_bytes: int = 256 << 10
+    max_schema_depth: int = 32
+    images: ImageLimits = field(default_factory=ImageLimits)
 
 
 @dataclass(frozen=True, slots=True)
 class Envelope:
-    """What must be known about a call before it is routed. `model` None: the cluster's default."""
+    """What must be known about a call before it is routed. `model` None: the cluster's default.
+
+    `has_addresses`: there are images to fetch.
+    """
 
     model: str | None = None
     price: Price = field(default_factory=Price)
     wants: Wants = field(default_factory=Wants)
+    has_addresses: bool = False
 
 
 async def read_body(receive: Receive, headers: Headers, limits: BodyLimits) -> bytes:
@@ -87,8 +95,11 @@ def parse(body: bytes, limits: BodyLimits) -> Envelope:
         raise InvalidRequest(f"model must be a string of 1 to {MAX_MODEL_NAME} characters", param="model")
     if document.get("cache_salt") is not None:
         raise InvalidRequest("cache_salt is not a client's to choose: caches are a tenant's own", param="cache_salt")
-    media.refuse_addresses(body, document)
-    return Envelope(model, bounds.price(document, limits.max_sequences), capabilities.read(document))
+    has_addresses = media.refuse_addresses(body, document, limits.images.hosts)
+    schemas.check(document, limits.max_schema_bytes, limits.max_schema_depth)
+    images.check(body, document, limits.images)
+    price = bounds.price(document, limits.max_sequences)
+    return Envelope(model, price, capabilities.read(document), has_addresses)
 
 
 def parse_object(body: bytes, limits: BodyLimits) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Documents from elsewhere, fetched so that nobody is led astray: for the keys of token issuers.
+"""Documents from elsewhere, fetched so that nobody is led astray: keys of token issuers, and images.
 
 One parser reads the URL. Its host is resolved once; every address must be in the permitted network, and the connection
 goes to such an address, so that a name that means something else a moment later changes nothing. Redirects are not
@@ -32,6 +32,18 @@ _METADATA = frozenset(map(ipaddress.ip_address, ("fd00:ec2::254", "100.100.100.2
 
 async def fetch_object(url: str, network: Network) -> dict[str, Any]:
     """Get a JSON object. Raises Unavailable, whatever is wrong."""
+    body = await fetch_bytes(url, network, MAX_BYTES, "application/json")
+    try:
+        document = orjson.loads(body)
+    except ValueError as e:
+        raise Unavailable(f"cannot fetch {url}: {e}", retry_after_s=5) from e
+    if not isinstance(document, dict):
+        raise Unavailable(f"cannot fetch {url}: not a JSON object", retry_after_s=5)
+    return document
+
+
+async def fetch_bytes(url: str, network: Network, max_bytes: int, accept: str) -> bytes:
+    """Get what is there, as it is. Raises Unavailable, whatever is wrong."""
     import httpx  # noqa: PLC0415 - most gateways fetch nothing
 
     try:
@@ -39,12 +51,19 @@ async def fetch_object(url: str, network: Network) -> dict[str, Any]:
             target = httpx.URL(url)
             _check_scheme(target, network)
             addresses = await _resolve(target, network)
-            document = orjson.loads(await _get(target, addresses[0]))
+            return await _get(target, addresses[0], max_bytes, accept)
     except (httpx.HTTPError, httpx.InvalidURL, OSError, TimeoutError, UnicodeError, ValueError) as e:
         raise Unavailable(f"cannot fetch {url}: {str(e) or type(e).__name__}", retry_after_s=5) from e
-    if not isinstance(document, dict):
-        raise Unavailable(f"cannot fetch {url}: not a JSON object", retry_after_s=5)
-    return document
+
+
+def host_of(url: str) -> str:
+    """Return the host that a URL would be fetched from, by the parser that will read it then; "": none."""
+    import httpx  # noqa: PLC0415
+
+    try:
+        return httpx.URL(url).host
+    except (httpx.InvalidURL, UnicodeError, ValueError):
+        return ""
 
 
 def is_permitted(address: Address, network: Network) -> bool:
@@ -84,11 +103,11 @@ async def _resolve(url: httpx.URL, network: Network) -> list[Address]:
     return addresses
 
 
-async def _get(url: httpx.URL, address: Address) -> bytes:
+async def _get(url: httpx.URL, address: Address, max_bytes: int, accept: str) -> bytes:
     import httpx  # noqa: PLC0415
 
     pinned = url.copy_with(host=str(address))
-    headers = {"host": url.netloc.decode("ascii"), "accept": "application/json", "accept-encoding": "identity"}
+    headers = {"host": url.netloc.decode("ascii"), "accept": accept, "accept-encoding": "identity"}
     client = httpx.AsyncClient(verify=_tls(), trust_env=False, follow_redirects=False, timeout=TIMEOUT_S)
     extensions = {"sni_hostname": url.host}
     async with client, client.stream("GET", pinned, headers=headers, extensions=extensions) as response:
@@ -97,8 +116,8 @@ async def _get(url: httpx.URL, address: Address) -> bytes:
         body = bytearray()
         async for chunk in response.aiter_raw():
             body += chunk
-            if len(body) > MAX_BYTES:
-                raise ValueError(f"more than {MAX_BYTES} bytes")
+            if len(body) > max_bytes:
+                raise ValueError(f"more than {max_bytes} bytes")
         return bytes(body)
 
 

@@ -18,7 +18,7 @@ from inferflux.errors import Draining, InferfluxError, InvalidRequest, Unavailab
 from inferflux.telemetry import logs, metrics, tracing
 from inferflux.telemetry.logs import LineLog
 from inferflux.v1 import types_pb2
-from services.gateway import capabilities, envelope, failures, flow
+from services.gateway import capabilities, envelope, failures, flow, remote_images
 from services.gateway.account import ROLE, Account
 from services.gateway.asgi import WRITE_NOW, AsgiScope, ClientGone, Headers, RawHeaders, Receive, Send, header_map
 from services.gateway.audited import Audit
@@ -149,7 +149,12 @@ class Inference:
             async with Lifeline(receive, deadline_at):
                 await self.screen(call, reply)
                 async with self.reservations.hold(call, known.price, reply):
+                    if known.has_addresses:
+                        call.http.body = await self._with_images(call)
                     await flow.serve(call, self.pool, reply)
+
+    async def _with_images(self, call: Call) -> bytes:
+        return await remote_images.inlined(call.http.body, self.limits.images, self.limits.max_bytes)
 
     async def screen(self, call: Call, reply: Reply, num_seen: int = 0) -> None:
         """Have guardrails look at the prompt, now, and at the answer, when it comes. Raises ContentPolicyViolation.

@@ -225,6 +225,7 @@ class Pool:
         losses = call.losses
         return routing.Question(
             model=call.model,
+            answerers=call.answerers,
             needs_prefill=call.needs_prefill,
             avoided=frozenset(losses.workers),
             turn=next(self._turns),
@@ -276,7 +277,7 @@ class Pool:
         return None if is_served else "no decode worker is ready"
 
     async def met(self, timeout_s: float) -> None:
-        """Wait until a decode worker is connected, unless the registry knows of none that is ready."""
+        """Wait until a worker that answers is connected, unless the registry knows of none that is ready."""
         with suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
                 while self._expects_decode() and self.objection() is not None:
@@ -284,7 +285,7 @@ class Pool:
 
     def _expects_decode(self) -> bool:
         workers = self._view.workers if self._view else ()
-        return any(worker.role is Role.DECODE and worker.state is State.READY for worker in workers)
+        return any(worker.role is not Role.PREFILL and worker.state is State.READY for worker in workers)
 
     async def watch_hearts(self) -> None:
         """Give up streams that went silent; run until cancelled."""

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from inferflux.config import CommonSettings, env_name
 from services.gateway.envelope import BodyLimits
 from services.gateway.idempotency import RecordLimits
+from services.gateway.images import ImageLimits
 from services.gateway.pool import Terms
 from services.gateway.routing import LocalPrefill
 
@@ -30,6 +32,20 @@ class Settings(CommonSettings):
     """Deepest nesting of a request body; more is answered 400."""
     max_sequences: int = 128
     """Most sequences of one request, prompts times choices; more is answered 400."""
+    max_schema_bytes: int = 256 * 1024
+    """Most bytes of the schemas, grammars and tools of one request together; more is answered 400."""
+    max_schema_depth: int = 32
+    """Deepest nesting of a JSON schema; more is answered 400."""
+    max_images: int = 16
+    """Most images of one request; more is answered 400, as is a larger image."""
+    max_image_bytes: int = 8 * MIB
+    """Largest image, as it comes in base64 but counted without it."""
+    max_image_pixels: int = 1 << 24
+    """Largest width times height of an image."""
+    image_hosts: tuple[str, ...] = ()
+    """Hosts from which the gateway fetches images that requests name by address; none: it fetches none."""
+    image_network: Literal["public", "private", "loopback"] = "public"
+    """Where these hosts may be: each of their addresses is checked, and https is a must but for loopback."""
     max_header_bytes: int = 32 * 1024
     """Largest request line and headers together; more is answered 431."""
     max_headers: int = 100
@@ -105,4 +121,14 @@ class Settings(CommonSettings):
     @property
     def body_limits(self) -> BodyLimits:
         """The limits of request bodies."""
-        return BodyLimits(self.max_body_bytes, self.max_json_depth, self.slow_client_s, self.max_sequences)
+        hosts = frozenset(host.lower() for host in self.image_hosts)
+        images = ImageLimits(self.max_images, self.max_image_bytes, self.max_image_pixels, hosts, self.image_network)
+        return BodyLimits(
+            self.max_body_bytes,
+            self.max_json_depth,
+            self.slow_client_s,
+            self.max_sequences,
+            self.max_schema_bytes,
+            self.max_schema_depth,
+            images,
+        )

@@ -185,7 +185,11 @@ def test_every_error_is_documented() -> None:
 
 def test_every_path_is_documented() -> None:
     """docs/http.md has each inference path and how it is served."""
-    kinds = {"generate": "prefill and decode", "utility": "one call to a decode worker"}
+    kinds = {
+        "generate": "prefill and decode",
+        "pooling": "one call to a pooling worker",
+        "utility": "one call to a worker of the model",
+    }
     table = rows(page("http.md"))
 
     for path, endpoint in ENDPOINTS.items():

@@ -24,6 +24,7 @@ PEPPER = Pepper(b"p" * 32)
 VAULT = Vault([b"v" * 32])
 NAME = "ifx:{policy}:keys:"
 NOW_MS = 1_700_000_000_000
+SOON_S = 5.0
 
 
 @pytest.fixture(params=sorted(redis_binaries()))
@@ -100,7 +101,7 @@ async def test_a_subscriber_hears_of_a_write_of_another_replica_at_once(store, r
         await replica.update(adding(1))
         await waiting
 
-    assert time.perf_counter() - started_at < 2.0
+    assert time.perf_counter() - started_at < SOON_S
 
 
 async def test_only_our_keys_are_touched_and_no_secret_is_among_them(store, server):
@@ -153,17 +154,17 @@ async def test_a_server_that_is_gone_is_unavailable(store, server):
     for attempt in (store.revision(), store.update(adding(1)), _subscribe(store)):
         with pytest.raises(Unavailable):
             await attempt
-    assert time.perf_counter() - started_at < 1.0
+    assert time.perf_counter() - started_at < SOON_S
 
 
-async def test_a_server_that_hangs_is_unavailable_within_two_seconds(store, server):
+async def test_a_server_that_hangs_is_unavailable_soon(store, server):
     """A stopped process keeps its connections open and answers nothing."""
     await store.update(adding(1))
     started_at = time.perf_counter()
 
     with server.paused(), pytest.raises(Unavailable):
         await store.update(adding(2))
-    assert time.perf_counter() - started_at < 2.0
+    assert time.perf_counter() - started_at < SOON_S
 
 
 async def test_a_value_of_the_wrong_type_is_unavailable_not_a_crash(store, server):

@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 import httpx
 import pytest
 
-from inferflux.errors import ArenaFull, WorkerLost
+from inferflux.errors import ArenaFull, InvalidRequest, WorkerLost
 from inferflux.v1 import decode_service_pb2 as decode_pb
 from inferflux.v1 import types_pb2 as pb
 from tests.support.fake_cluster import (
@@ -140,8 +140,8 @@ async def test_metrics_prove_who_computed_what():
 
         assert await gateway.metric('inferflux_phases_total{phase="prefill",role="prefill",worker="prefill-0"}') >= 2
         assert await gateway.metric('inferflux_phases_total{phase="decode",role="decode",worker="decode-0"}') >= 2
-        assert await gateway.metric('inferflux_kv_transfer_bytes_total{transport="shm"}') >= 2000
-        assert await gateway.metric('inferflux_kv_transfer_seconds_count{transport="shm"}') >= 2
+        assert await gateway.metric('inferflux_kv_transfer_bytes_total{transport="nixl"}') >= 2000
+        assert await gateway.metric('inferflux_kv_transfer_seconds_count{transport="nixl"}') >= 2
         assert await gateway.metric('inferflux_prefills_total{result="remote"') >= 2
         assert await gateway.metric("inferflux_ttft_seconds_count") >= 1
         assert await gateway.metric("inferflux_itl_seconds_count") >= 1
@@ -187,8 +187,44 @@ async def test_what_the_application_refuses_in_prefill_is_the_answer():
         prefill.answer = pb.HttpAnswer(head=head(400), body=b'{"error": {"message": "bad"}}')
         response = await gateway.chat()
 
-        assert (response.status_code, response.json()) == (400, {"error": {"message": "bad"}})
+        told = {"message": "bad", "type": "invalid_request_error", "param": None, "code": "invalid_request"}
+        assert (response.status_code, response.json()) == (400, {"error": told})
         assert not decode.jobs
+
+
+async def test_what_the_engine_refuses_in_prefill_is_not_asked_elsewhere():
+    """A request that is wrong is wrong for every worker."""
+    async with pair() as (_, prefill, decode, gateway):
+        prefill.error = InvalidRequest("the grammar can't be used: why")
+        response = await gateway.chat(stream=True)
+
+        assert (response.status_code, response.json()["error"]["code"]) == (400, "invalid_request")
+        assert response.json()["error"]["message"] == "the grammar can't be used: why"
+        assert not decode.jobs
+
+
+@pytest.mark.parametrize("where", ["prefill", "decode"])
+async def test_a_stream_that_begins_with_an_error_is_an_error(where):
+    """The application says so after its head; a client reads the status."""
+    event, done = (
+        b'data: {"error": {"message": "bad", "type": "x", "param": null, "code": 404}}\n\n',
+        b"data: [DONE]\n\n",
+    )
+
+    async def refuse(job):
+        job.emit(head=SSE_HEAD, data=event)
+        job.emit(data=done)
+        job.emit(end=end())
+
+    async with pair() as (_, prefill, decode, gateway):
+        decode.script = refuse
+        if where == "prefill":
+            prefill.answer = pb.HttpAnswer(head=SSE_HEAD, body=event + done)
+        response = await gateway.chat(stream=True)
+
+        assert response.status_code == 404
+        assert response.headers["content-type"] == "application/json"
+        assert response.json()["error"]["message"] == "bad"
 
 
 @pytest.mark.parametrize("kind", [WorkerLost, ArenaFull, RuntimeError])
@@ -260,7 +296,7 @@ async def test_tickets_come_back_when_decode_refuses_the_request():
         decode.script = reject
         response = await gateway.chat(stream=True)
 
-        assert (response.status_code, response.json()) == (422, {"error": "no"})
+        assert (response.status_code, response.json()["error"]["message"]) == (422, "no")
         await until(lambda: prefill.released == {"ticket-0": "rejected"}, timeout_s=0.5)
 
 
@@ -979,6 +1015,6 @@ async def test_a_whole_answer_that_is_huge_arrives_whole():
 
     async with decode_only() as (_, decode, gateway):
         decode.script = big
-        response = await gateway.http.post("/v1/embeddings", json={"model": MODEL}, timeout=httpx.Timeout(30))
+        response = await gateway.http.post("/tokenize", json={"model": MODEL}, timeout=httpx.Timeout(30))
 
         assert response.content == blob

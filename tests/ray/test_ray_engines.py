@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -53,7 +54,7 @@ async def by_ticket(engines: Engines, call: HttpCall) -> Response:
 
 
 async def test_prefill_on_two_ray_nodes_for_decode_with_one_rank(ray_nodes: RayCluster) -> None:
-    two = Parallelism(tensor=2, executor="ray", ray_address=ray_nodes.address)
+    two = Parallelism(tensor=2, nodes=2, ray_address=ray_nodes.address)
     with pair(options(LLAMA, Role.PREFILL, two), options(LLAMA, Role.DECODE)) as engines:
         await engines.prefill.check_numerics()
         for length in LENGTHS:
@@ -62,17 +63,38 @@ async def test_prefill_on_two_ray_nodes_for_decode_with_one_rank(ray_nodes: RayC
             assert response.token_ids() == await alone(engines.decode, question(length)), length
 
 
+@pytest.fixture(scope="module")
+def mixture_of_one_rank() -> Iterator[HostedEngine]:
+    with hosted("vllm", options(QWEN_MOE, Role.PREFILL)) as (engine,):
+        yield engine
+
+
+async def until_experts_are_counted(engine: HostedEngine) -> None:
+    """Each token that was decoded went to two of eight experts in each of three layers, and all of that is counted."""
+    chosen, deadline = 2 * 3, time.monotonic() + 60
+    while sum(tokens := await engine.expert_tokens()) < len(LENGTHS) * 12 * chosen:
+        assert time.monotonic() < deadline, tokens
+        await ask(engine, question(LENGTHS[0]))
+    assert len(tokens) == 8
+    assert sum(tokens) % chosen == 0
+    assert sum(map(bool, tokens)) > 1
+
+
 @pytest.mark.parametrize(
     "parallelism",
-    [Parallelism(tensor=2, expert=True, executor="ray"), Parallelism(data=2, expert=True, executor="ray")],
+    [Parallelism(tensor=2, expert=True, nodes=2), Parallelism(data=2, expert=True, nodes=2)],
     ids=["two ranks", "two replicas"],
 )
-async def test_a_mixture_of_experts_decodes_on_two_ray_nodes(ray_nodes: RayCluster, parallelism: Parallelism) -> None:
+async def test_a_mixture_of_experts_decodes_on_two_ray_nodes(
+    ray_nodes: RayCluster, mixture_of_one_rank: HostedEngine, parallelism: Parallelism
+) -> None:
     spread = options(QWEN_MOE, Role.DECODE, replace(parallelism, ray_address=ray_nodes.address))
-    with pair(options(QWEN_MOE, Role.PREFILL), spread) as engines:
+    with hosted("vllm", spread) as (decode,):
+        engines = Engines("vllm", "m", mixture_of_one_rank, decode)
         await engines.decode.check_numerics()
         for length in LENGTHS:
             expected = await alone(engines.prefill, question(length))
             response = await by_ticket(engines, question(length))
             assert (response.report.result, response.token_ids()) == ("committed", expected), length
             assert len(set(expected)) > 3, "a model that repeats itself proves nothing"
+        await until_experts_are_counted(engines.decode)

@@ -30,6 +30,7 @@ MODEL = f"tiny-{LLAMA}"
 SMALL = {"INFERFLUX_KV_ARENA_BYTES": str(32 << 20), "INFERFLUX_KV_CACHE_BYTES": str(48 << 20)}
 START_S, UNREADY_S, POLL_S = 300.0, 2.0, 0.02
 RANK = "ray::CpuRank"
+NIXL_BYTES = 'inferflux_kv_transfer_bytes_total{transport="nixl"}'
 PROMPTS = ("The first town lies", "Another town is")
 
 
@@ -46,6 +47,11 @@ class SpreadWorker:
 
     async def num_running(self) -> int:
         return (await self._get("/metrics")).text.count('inflight{role="decode"} 1.0')
+
+    async def num_bytes_by_nixl(self) -> float:
+        """Of KV, read by its ranks."""
+        lines = [line for line in (await self._get("/metrics")).text.splitlines() if NIXL_BYTES in line]
+        return float(lines[0].split()[-1]) if lines else 0.0
 
     async def wait(self, timeout_s: float, *, is_ready: bool) -> float:
         """Wait until it is ready, or until it is not; returns the seconds."""
@@ -69,7 +75,8 @@ async def spread_worker(cluster: Cluster, ray_nodes: RayCluster) -> AsyncIterato
     spec = next(spec for spec in plan(options, Home(cluster.home), [], environ) if spec.id == "decode-1")
     spread = {
         "INFERFLUX_TENSOR_PARALLEL": "2",
-        "INFERFLUX_EXECUTOR": "ray",
+        "INFERFLUX_NODES": "2",
+        "INFERFLUX_KV_TRANSPORT": "nixl",  # as on two hosts
         "INFERFLUX_RAY_ADDRESS": ray_nodes.address,
     }
     spec = replace(spec, env={**spec.env, **spread})
@@ -137,6 +144,7 @@ async def test_a_killed_rank_costs_no_stream_a_token(ray_nodes: RayCluster) -> N
             await until_both_stream(worker, events)
             before = ranks()
             assert len(before) == 2
+            assert await worker.num_bytes_by_nixl() > 0
             before[1].kill()
 
             assert await worker.wait(UNREADY_S, is_ready=False) <= UNREADY_S

@@ -44,12 +44,12 @@ SERVICES = {
         "registry",
         {"operator", "gateway"},
         {
-            "RegisterWorker": {"prefill", "decode"},
-            "DeregisterWorker": {"prefill", "decode"},
+            "RegisterWorker": {"prefill", "decode", "pooling"},
+            "DeregisterWorker": {"prefill", "decode", "pooling"},
             "WatchSnapshot": {"gateway"},
             **{name: {"operator"} for name in ("PushVersion", "PromoteVersion", "RollBackVersion", "GetHistory")},
             "RevokeSigningKey": {"operator"},
-            "GetModelRules": {"prefill", "decode", "operator"},
+            "GetModelRules": {"prefill", "decode", "pooling", "operator"},
         },
     ),
     "PrefillService": (

@@ -27,11 +27,12 @@ import psutil
 from inferflux.cli.pdeathsig import die_with_parent
 from inferflux.engine import create
 from inferflux.engine.base import ComputedPrompt, Engine, EngineInfo, EngineLoad, KvSource, Prefilled
-from inferflux.engine.options import EngineOptions, Parallelism
+from inferflux.engine.options import EngineOptions, GrammarLimits, Parallelism
 from inferflux.engine.sim import SimEngine
 from inferflux.kv.arena import Arena
 from inferflux.kv.prefixes import Place, PrefixStore
 from inferflux.kv.shm import ArenaServer
+from inferflux.telemetry import metrics
 from inferflux.types import Delivered, Frame, HttpAnswer, HttpCall, RequestContext, Role
 
 REPOSITORY = Path(__file__).parents[2]
@@ -106,6 +107,11 @@ class Host:
     async def corrupt(self, slot: int, at: int) -> None:
         self._own_arena.slot(slot)[at] ^= 1
 
+    async def expert_tokens(self) -> list[int]:
+        """What the metric says, by expert."""
+        samples = [s for s in next(iter(metrics.EXPERT_TOKENS.collect())).samples if s.name.endswith("_total")]
+        return [round(s.value) for s in sorted(samples, key=lambda s: int(s.labels["expert"]))]
+
     async def lose_cache(self) -> None:
         """Empty the engine's own prefix cache, as other requests would in time."""
         if isinstance(self._engine, SimEngine):
@@ -133,6 +139,7 @@ async def host(config: dict[str, Any]) -> None:
             **_paths(config["options"]),
             "role": Role(config["options"]["role"]),
             "parallelism": Parallelism(**config["options"]["parallelism"]),
+            "grammar_limits": GrammarLimits(**config["options"]["grammar_limits"]),
         }
     )
     arena = Arena.create(ARENA_BYTES) if options.role is Role.PREFILL else None
@@ -214,6 +221,11 @@ class HostedEngine:
 
     async def free(self, slots: Sequence[int]) -> None:
         await self._one("free", slots)
+
+    async def expert_tokens(self) -> list[int]:
+        """Tokens that went to each expert; empty: nothing is counted."""
+        counts: list[int] = await self._one("expert_tokens")
+        return counts
 
     async def lose_cache(self) -> None:
         """Empty the engine's own prefix cache, not the arena."""
@@ -313,7 +325,7 @@ def _started(engine: str, options: EngineOptions) -> Iterator[HostedEngine]:
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, Parallelism):
+    if isinstance(value, Parallelism | GrammarLimits):
         return asdict(value)
     return str(value) if isinstance(value, Path) else value
 

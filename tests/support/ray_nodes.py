@@ -23,6 +23,8 @@ from inferflux.cli.pdeathsig import die_with_parent
 REPOSITORY = Path(__file__).parents[2]
 START_S, STOP_S = 120.0, 20.0
 ADDRESS = "127.0.0.1"
+# What a head starts besides, with ports of its own, and engines have no use for.
+WITHOUT = ("--include-dashboard=false", "--no-monitor")
 
 
 @dataclass(frozen=True)
@@ -39,9 +41,10 @@ def ray_cluster(num_nodes: int, ranks_per_node: int = 1) -> Iterator[RayCluster]
     directory = Path(tempfile.mkdtemp(prefix="ifx-ray-", dir="/tmp"))
     cluster = RayCluster(f"{ADDRESS}:{_free_port()}", _environ(secrets.token_hex(32)))
     head = ["--head", f"--port={cluster.address.rpartition(':')[2]}", f"--temp-dir={directory}"]
+    head.append(f"--ray-client-server-port={_free_port()}")
     try:
         with ExitStack() as stack:
-            stack.enter_context(_node([*head, "--include-dashboard=false"], cluster, ranks_per_node, directory))
+            stack.enter_context(_node([*head, *WITHOUT], cluster, ranks_per_node, directory))
             for _ in range(num_nodes - 1):
                 stack.enter_context(_node([f"--address={cluster.address}"], cluster, ranks_per_node, directory))
             yield cluster

@@ -8,6 +8,7 @@ one token for ever, which proves nothing. The default model itself has three KV 
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -19,12 +20,18 @@ from inferflux.paths import models_dir
 
 REPOSITORY = Path(__file__).parents[2]
 SEED = 20
-LLAMA, QWEN_MOE = "llama", "qwen3moe"
+LLAMA, QWEN_MOE, BERT, IDEFICS = "llama", "qwen3moe", "bert", "idefics3"
 AVAILABLE_BYTES = 1 << 34
+TEXTS = ("a cat", "The sea is deep, and most of it is dark.", "one two three four five six seven eight " * 12)
+VECTORS = "vectors.json"
+"""What an embedding model's folder has of TEXTS: a list of unit vectors."""
 
 
 def tiny_model(kind: str) -> dict[str, Any]:
-    """Fields of EngineOptions for the model of this kind; makes it when it is not there."""
+    """Fields of EngineOptions for the model of this kind; makes it when it is not there.
+
+    BERT gives vectors, the others tokens; IDEFICS sees.
+    """
     directory = models_dir(os.environ)
     tokenizer = models.prepare(models.DEFAULT, directory, _silent, available_bytes=AVAILABLE_BYTES).folder
     name = f"tiny-{kind}"
@@ -51,6 +58,105 @@ def _silent(what: str, part: float | None) -> None: ...
 
 def make(kind: str, folder: Path, tokenizer: Path) -> None:
     """Write the model."""
+    if kind == BERT:
+        make_embedding(folder, tokenizer)
+    elif kind == IDEFICS:
+        make_seeing(folder, tokenizer)
+    else:
+        make_generating(kind, folder, tokenizer)
+
+
+def make_embedding(folder: Path, tokenizer: Path) -> None:
+    """Write an encoder whose vectors are means, and beside it what it makes of TEXTS, by transformers."""
+    import torch
+    import transformers
+
+    torch.manual_seed(SEED)
+    words = transformers.AutoTokenizer.from_pretrained(tokenizer)
+    shape: dict[str, Any] = {
+        "vocab_size": 49152,
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 512,
+        "initializer_range": 0.15,
+    }
+    model = transformers.BertModel(transformers.BertConfig(**shape)).eval()
+    model.save_pretrained(folder)
+    words.save_pretrained(folder)
+    kinds = {"": "Transformer", "1_Pooling": "Pooling", "2_Normalize": "Normalize"}
+    modules = [
+        {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{name}"}
+        for i, (path, name) in enumerate(kinds.items())
+    ]
+    (folder / "modules.json").write_text(json.dumps(modules))
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling" / "config.json").write_text(
+        json.dumps({"word_embedding_dimension": shape["hidden_size"], "pooling_mode_mean_tokens": True})
+    )
+    with torch.inference_mode():
+        states = [model(torch.tensor([words(text)["input_ids"]])).last_hidden_state[0].mean(0) for text in TEXTS]
+    (folder / VECTORS).write_text(json.dumps([(state / state.norm()).tolist() for state in states]))
+
+
+TEMPLATE = """\
+{% for message in messages %}{{ message.role }}: {% if message.content is string %}{{ message.content }}{% else %}\
+{% for part in message.content %}{% if part.type == 'image' %}<image>{% else %}{{ part.text }}{% endif %}{% endfor %}\
+{% endif %}<end_of_utterance>
+{% endfor %}assistant:"""
+
+
+def make_seeing(folder: Path, tokenizer: Path) -> None:
+    """Write a language model that sees: four tokens of each image."""
+    import torch
+    import transformers
+
+    torch.manual_seed(SEED)
+    words = transformers.AutoTokenizer.from_pretrained(tokenizer)
+    marks = ["<image>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>"]
+    words.add_special_tokens({"additional_special_tokens": marks})
+    size = {"longest_edge": 64}
+    images = transformers.Idefics3ImageProcessorPil(size=size, max_image_size=size, do_image_splitting=False)
+    processor = transformers.Idefics3Processor(images, words, image_seq_len=4, chat_template=TEMPLATE)
+    text: dict[str, Any] = {
+        "model_type": "llama",
+        "vocab_size": len(words),
+        "max_position_embeddings": 2048,
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 32,
+        "initializer_range": 0.15,
+        "bos_token_id": words.bos_token_id,
+        "eos_token_id": words.eos_token_id,
+        "pad_token_id": words.eos_token_id,
+    }
+    seeing: dict[str, Any] = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "image_size": 64,
+        "patch_size": 16,
+        "initializer_range": 0.15,
+    }
+    config = transformers.Idefics3Config(
+        text_config=text,
+        vision_config=seeing,
+        scale_factor=2,
+        image_token_id=words.convert_tokens_to_ids("<image>"),
+        tie_word_embeddings=False,
+        pad_token_id=words.eos_token_id,
+    )
+    transformers.Idefics3ForConditionalGeneration(config).to(torch.bfloat16).save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+
+def make_generating(kind: str, folder: Path, tokenizer: Path) -> None:
+    """Write a language model."""
     import torch
     import transformers
 

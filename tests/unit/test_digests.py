@@ -52,6 +52,7 @@ def test_a_prompt_digest_is_that_of_little_endian_uint32(ids: list[int]) -> None
 
     assert prompt_digest(ids) == prompt_digest(tuple(ids)) == want
     assert len(want) == DIGEST_BYTES
+    assert len({want, prompt_digest(ids, "image@0+4=a"), prompt_digest(ids, "image@0+4=b")}) == 3
 
 
 @pytest.mark.parametrize("token_id", [-1, 2**32])

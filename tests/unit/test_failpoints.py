@@ -27,10 +27,18 @@ for i in range(5):
 """
 
 
-def run(tmp_path: Path, **env: str) -> subprocess.CompletedProcess[str]:
+BECOME = """
+import os
+from inferflux import failpoints
+os.environ["INFERFLUX_INSTANCE_ID"] = "decode-2"
+failpoints.renew()
+"""
+
+
+def run(tmp_path: Path, script: str = PASS, **env: str) -> subprocess.CompletedProcess[str]:
     environ = {**os.environ, "INFERFLUX_INSTANCE_ID": "decode-1", "IFX_FAILPOINTS_LOG": str(tmp_path / "log"), **env}
     return subprocess.run(
-        [sys.executable, "-c", PASS], env=environ, cwd=ROOT, capture_output=True, text=True, timeout=30, check=False
+        [sys.executable, "-c", script], env=environ, cwd=ROOT, capture_output=True, text=True, timeout=30, check=False
     )
 
 
@@ -56,6 +64,13 @@ def test_an_ordered_failpoint_fires_once_however_often_the_process_starts(tmp_pa
     assert (first.returncode, first.stdout.split()) == (EXIT_STATUS, ["0"])
     assert (second.returncode, len(second.stdout.split())) == (0, 5)
     assert len(evidence(tmp_path)) == 1
+
+
+def test_a_fork_that_became_another_process_follows_its_new_name(tmp_path: Path) -> None:
+    (tmp_path / "decode-2").write_text("decode.token:exit")
+
+    assert run(tmp_path, BECOME + PASS, IFX_FAILPOINTS_DIR=str(tmp_path)).returncode == EXIT_STATUS
+    assert [line["instance"] for line in evidence(tmp_path)] == ["decode-2"]
 
 
 def test_another_process_s_failpoint_is_not_ours(tmp_path: Path) -> None:

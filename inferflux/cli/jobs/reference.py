@@ -5,6 +5,7 @@ python -m inferflux.cli.jobs.reference MODEL_FOLDER WEIGHTS_DIGEST OUTPUT_FILE
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -27,7 +28,9 @@ def compute(folder: Path, weights_digest: str) -> NumericsReference:
 
     report(0.2)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    sees = "vision_config" in json.loads((folder / "config.json").read_text())
+    kind = transformers.AutoModelForImageTextToText if sees else transformers.AutoModelForCausalLM
+    model = kind.from_pretrained(folder, dtype=torch.float32).eval()
     report(0.6)
     prompt: list[int] = tokenizer(TEXT, add_special_tokens=False)["input_ids"][:NUM_PROMPT_TOKENS]
     with torch.inference_mode():

@@ -35,6 +35,8 @@ class Exchange:
         self._has_news = asyncio.Event()
         self._has_room = asyncio.Event()
         self._is_sent = False
+        self.is_json = False
+        """Whether the response is one JSON document; known from its head on."""
         self._is_disconnected = asyncio.Event()
 
     async def messages(self) -> AsyncGenerator[MutableMapping[str, Any], None]:
@@ -82,6 +84,8 @@ class Exchange:
         return {"type": "http.disconnect"}
 
     async def _send(self, message: MutableMapping[str, Any]) -> None:
+        if message["type"] == "http.response.start":
+            self.is_json = (b"content-type", b"application/json") in message["headers"]
         if data := message.get("body"):
             message[CHOICES] = self._stamp(data)
         self._messages.append(message)

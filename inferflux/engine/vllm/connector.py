@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
     KVConnectorMetadata,
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from vllm.v1.outputs import KVConnectorOutput
     from vllm.v1.request import Request
 
+    from inferflux.engine.vllm.experts import ExpertCounter
     from inferflux.kv.arena import Bytes
 
 
@@ -61,6 +63,7 @@ class ArenaConnector(KVConnectorBase_V1, SupportsHMA):
         reports_fd, block_size = extra["reports_fd"], vllm_config.cache_config.block_size
         self._arena = None if extra["arena_fd"] is None else attach(extra, role)
         self._layers: list[Bytes] = []
+        self._experts: ExpertCounter | None = None
         if role == KVConnectorRole.SCHEDULER:
             self._planner = LoadPlanner(block_size, reports_fd, vllm_config.parallel_config.world_size)
             self._publisher = None if self._arena is None else Publisher(self._arena, block_size)
@@ -113,6 +116,10 @@ class ArenaConnector(KVConnectorBase_V1, SupportsHMA):
         if self._arena is not None and self._shard.rank == 0:
             shape = self._shard.part.shape
             self._arena.format(shape.slot_bytes, shape.num_pieces)
+        if self._vllm_config.parallel_config.enable_expert_parallel and get_tensor_model_parallel_rank() == 0:
+            from inferflux.engine.vllm.experts import ExpertCounter  # noqa: PLC0415  -- most models have none
+
+            self._experts = ExpertCounter(self._vllm_config, self.has_connector_metadata)
 
     def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
         """Start this step's loads in the background."""
@@ -140,8 +147,11 @@ class ArenaConnector(KVConnectorBase_V1, SupportsHMA):
         return self._hydrator.take_results()
 
     def build_connector_worker_meta(self) -> RankReports | None:
-        """Tell the scheduler side what became of loads."""
-        return self._hydrator.take_reports()
+        """Tell the scheduler side what became of loads, and where tokens went."""
+        reports = self._hydrator.take_reports()
+        if self._experts is not None:
+            reports.expert_tokens = self._experts.take()
+        return reports if reports.reports or reports.expert_tokens else None
 
     def shutdown(self) -> None:
         """End the hydration thread."""

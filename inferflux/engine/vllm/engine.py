@@ -12,9 +12,11 @@ from inferflux.engine.base import Engine, EngineInfo, EngineLoad, KvSource, Pref
 from inferflux.engine.options import auto_dtype
 from inferflux.engine.prefix import Prefixes
 from inferflux.engine.reference import load as load_reference
+from inferflux.engine.reference import load_embedding
 from inferflux.engine.resume import Withheld
+from inferflux.engine.vllm import transfer
 from inferflux.engine.vllm.arguments import server_arguments, set_environment
-from inferflux.engine.vllm.transfer import Report
+from inferflux.engine.vllm.transfer import ExpertReport, Report
 from inferflux.errors import (
     ConfigError,
     EngineFailed,
@@ -23,13 +25,16 @@ from inferflux.errors import (
     Unavailable,
     WorkerLost,
 )
-from inferflux.types import End, ErrorDetail, Frame, HttpAnswer, KvReport, ModelFingerprint, RequestContext
+from inferflux.telemetry import metrics
+from inferflux.types import End, ErrorDetail, Frame, HttpAnswer, KvReport, ModelFingerprint, RequestContext, Role
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Sequence
 
     from inferflux.engine.options import EngineOptions
+    from inferflux.engine.vllm.grammars import Grammars
     from inferflux.engine.vllm.llm import DecodePhase, TicketLLM
+    from inferflux.engine.vllm.pooling import PoolingPhase
     from inferflux.kv.arena import Arena
     from inferflux.kv.prefixes import PrefixStore
     from inferflux.types import Delivered, HttpCall
@@ -49,10 +54,13 @@ class VllmEngine(Engine):
         self._arena = arena
         self._store = store
         self._prefixes: Prefixes | None = None
-        self._dtype = auto_dtype() if options.dtype == "auto" else options.dtype
+        self._is_pooling = options.role is Role.POOLING
+        self._dtype = self._auto_dtype() if options.dtype == "auto" else options.dtype
+        self._tasks: tuple[Any, ...] = ()
         self._reports = ReportPipe()
         self._meter = StepMeter()
         self._started: TicketLLM | None = None
+        self._grammars: Grammars | None = None
         self._app: Any = None
 
     async def start(self) -> EngineInfo:
@@ -61,19 +69,27 @@ class VllmEngine(Engine):
         from vllm.engine.arg_utils import AsyncEngineArgs  # noqa: PLC0415
 
         from inferflux.engine.vllm import plugin  # noqa: PLC0415
+        from inferflux.engine.vllm.grammars import Grammars  # noqa: PLC0415
         from inferflux.engine.vllm.llm import TicketLLM  # noqa: PLC0415
 
         plugin.register()
         plugin.fork_engine(self._options.cpu_cores, self._options.threads, self._options.parallelism.num_ranks)
+        if self._options.model_dir is not None:
+            self._grammars = Grammars(self._options.model_dir, self._options.grammar_limits)
         arena_fd = self._arena.fd if self._arena is not None else None
         args = server_arguments(self._options, self._dtype, arena_fd, self._reports.write_fd)
         engine_args = AsyncEngineArgs.from_cli_args(args)
         self._started = TicketLLM.from_engine_args(engine_args, stat_loggers=[self._meter.logger()])
+        self._started.grammars = self._grammars
         await self._build_app(args)
         if self._arena is not None:
             self._prefixes = Prefixes(self._arena, self._store, self._fingerprint())
         self._reports.listen()
         return self._info()
+
+    def _auto_dtype(self) -> str:
+        # Vectors are kept and compared for years: they get the precision that their model was published in.
+        return "float32" if self._is_pooling else auto_dtype()
 
     @property
     def _llm(self) -> TicketLLM:
@@ -85,12 +101,14 @@ class VllmEngine(Engine):
         from vllm.entrypoints.launchers.api_server.app_state import init_app_state  # noqa: PLC0415
         from vllm.entrypoints.launchers.app import build_app  # noqa: PLC0415
 
+        from inferflux.engine.vllm import vision  # noqa: PLC0415
         from inferflux.engine.vllm.identity import derive_from_requests  # noqa: PLC0415
 
-        tasks = await self._llm.get_supported_tasks()
-        self._app = build_app(args, tasks)
+        self._tasks = tasks = await self._llm.get_supported_tasks()
+        self._app = build_app(args, tasks, self._llm.model_config)
         await init_app_state(self._llm, self._app.state, args, tasks)
         derive_from_requests()
+        vision.time_preprocessing(self._llm, self._options.role)
 
     def _info(self) -> EngineInfo:
         config = self._llm.vllm_config
@@ -102,8 +120,16 @@ class VllmEngine(Engine):
             max_model_len=config.model_config.max_model_len,
             max_num_seqs=config.scheduler_config.max_num_seqs,
             slot_bytes=self._arena.slot_bytes if self._arena is not None else 0,
-            capabilities=("chat", "completion", "responses", "messages", "tools", "json_schema", "logprobs"),
+            capabilities=self._capabilities(),
         )
+
+    def _capabilities(self) -> tuple[str, ...]:
+        from inferflux.engine.vllm import pooling, vision  # noqa: PLC0415
+
+        if self._is_pooling:
+            return pooling.capabilities(self._tasks, self._llm.vllm_config.model_config)
+        able = ("chat", "completion", "responses", "messages", "tools", "json_schema", "logprobs")
+        return (*able, "vision") if vision.can_see(self._llm) else able
 
     def _fingerprint(self) -> ModelFingerprint:
         import vllm  # noqa: PLC0415
@@ -112,8 +138,8 @@ class VllmEngine(Engine):
         return ModelFingerprint(
             weights_digest=self._options.model_digest,
             dtype=self._dtype,
-            layout=f"vllm-{vllm.__version__}/{_packing(config)}/layer-head",
-            block_size=config.cache_config.block_size,
+            layout=f"vllm-{vllm.__version__}/{'pooling' if self._is_pooling else _packing(config) + '/layer-head'}",
+            block_size=config.cache_config.block_size or 0,
         )
 
     async def check_numerics(self) -> None:
@@ -122,7 +148,11 @@ class VllmEngine(Engine):
 
         if self._options.numerics_reference is None:
             raise NumericsMismatch(f"numerics: no reference for model {self._options.model}; make one with inferctl")
-        await numerics.check(self._llm, load_reference(self._options.numerics_reference), self._dtype)
+        path = self._options.numerics_reference
+        if self._is_pooling:
+            await numerics.check_embedding(self._llm, load_embedding(path), self._dtype)
+        else:
+            await numerics.check(self._llm, load_reference(path), self._dtype)
 
     async def prefill(self, context: RequestContext, call: HttpCall) -> Prefilled | HttpAnswer:
         """See Engine.prefill. The application's answer counts only if it never got as far as the engine."""
@@ -144,6 +174,8 @@ class VllmEngine(Engine):
             phase.close()
         if phase.prompts:
             return Prefilled(tuple(phase.prompts), time.monotonic() - start)
+        if phase.refusal is not None:
+            raise phase.refusal
         if response is None:
             raise Internal("the application failed before it asked for a prompt")
         return response
@@ -159,8 +191,14 @@ class VllmEngine(Engine):
         from inferflux.engine.vllm.application import Exchange  # noqa: PLC0415
         from inferflux.engine.vllm.identity import IDENTITY, Identity  # noqa: PLC0415
         from inferflux.engine.vllm.llm import PHASE, DecodePhase  # noqa: PLC0415
+        from inferflux.engine.vllm.pooling import PoolingPhase  # noqa: PLC0415
+        from inferflux.engine.vllm.shape import shaped  # noqa: PLC0415
 
-        phase = DecodePhase(context.cache_salt, context.priority, sources, delivered, call.path)
+        phase: DecodePhase | PoolingPhase
+        if self._is_pooling:
+            phase = PoolingPhase(context.cache_salt, context.priority)
+        else:
+            phase = DecodePhase(context.cache_salt, context.priority, sources, delivered, call.path)
         PHASE.set(phase)
         IDENTITY.set(Identity(context.request_id, context.created_s))
         exchange = Exchange(self._app, call, context.request_id, phase.take_tokens)
@@ -173,12 +211,14 @@ class VllmEngine(Engine):
                         raise phase.refusal
                     if self._llm.errored:
                         break  # what the application says of it is no part of a response that goes on elsewhere
+                    if exchange.is_json and message.get("body"):
+                        message["body"] = shaped(message["body"])
                     frame = _frame(message, reports.take())
                     if frame is not None and (told := withheld.remainder(frame)) is not None:
                         yield told
             yield Frame(kv=reports.rest(), choices=phase.take_tokens(), end=self._end(phase))
 
-    def _end(self, phase: DecodePhase) -> End:
+    def _end(self, phase: DecodePhase | PoolingPhase) -> End:
         error = None
         if self._llm.errored:
             error = ErrorDetail.of(WorkerLost("the worker's engine died"))
@@ -201,6 +241,8 @@ class VllmEngine(Engine):
         if self._started is not None:
             self._started.shutdown()
             self._started = None
+        if self._grammars is not None:
+            self._grammars.close()
         self._reports.close()
 
 
@@ -249,8 +291,10 @@ class ReportPipe:
         with contextlib.suppress(BlockingIOError):
             self._buffer += os.read(self._read_fd, 65536)
         *lines, self._buffer = self._buffer.split(b"\n")
-        for report in map(Report.parse, lines):
-            if inbox := self._inboxes.get(report.ticket_id):
+        for report in map(transfer.parse, lines):
+            if isinstance(report, ExpertReport):
+                _count_tokens(report)
+            elif inbox := self._inboxes.get(report.ticket_id):
                 inbox.put(report)
 
     @contextlib.contextmanager
@@ -270,6 +314,11 @@ class ReportPipe:
             self._is_listening = False
             os.close(self._read_fd)
             os.close(self.write_fd)
+
+
+def _count_tokens(report: ExpertReport) -> None:
+    for expert, num_tokens in enumerate(report.expert_tokens, report.first):
+        metrics.EXPERT_TOKENS.labels(str(expert)).inc(num_tokens)
 
 
 class Inbox:

@@ -12,6 +12,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import TYPE_CHECKING
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults, KVConnectorWorkerMetadata
@@ -43,13 +44,17 @@ class Load:
 
 @dataclass
 class RankReports(KVConnectorWorkerMetadata):
-    """Loads that ended on some ranks, by request: from the worker side to the scheduler side."""
+    """Loads that ended on some ranks, by request, and tokens by expert: from the worker side to the scheduler side."""
 
     reports: list[tuple[str, transfer.Report]] = field(default_factory=list)
+    expert_tokens: list[int] = field(default_factory=list)
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> RankReports:
         """Add those of another rank."""
-        return RankReports(self.reports + other.reports) if isinstance(other, RankReports) else self
+        if not isinstance(other, RankReports):
+            return self
+        tokens = map(sum, zip_longest(self.expert_tokens, other.expert_tokens, fillvalue=0))
+        return RankReports(self.reports + other.reports, list(tokens))
 
 
 class LoadPlanner:
@@ -102,6 +107,7 @@ class LoadPlanner:
             heard.append(report)
             if len(heard) == self._num_ranks:
                 transfer.Report.merge(self._reports.pop(request_id)).send(self._reports_fd)
+        transfer.ExpertReport.send_all(reports.expert_tokens, self._reports_fd)
 
     def forget(self, request_id: str) -> int:
         """Forget a request that is over; returns how many tokens its source brought, or FAILED."""
@@ -128,11 +134,11 @@ class Hydrator:
             results, self._results = self._results, KVConnectorTransferResults()
         return results
 
-    def take_reports(self) -> RankReports | None:
-        """What became of the loads that ended since the last call; None: there were none."""
+    def take_reports(self) -> RankReports:
+        """What became of the loads that ended since the last call."""
         with self._lock:
             reports, self._reports = self._reports, RankReports()
-        return reports if reports.reports else None
+        return reports
 
     def close(self) -> None:
         """End the thread; loads that have not begun never will."""

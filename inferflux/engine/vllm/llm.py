@@ -18,6 +18,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 
 from inferflux.engine.base import ComputedPrompt, KvSource, PublishedKv
 from inferflux.engine.vllm import transfer
+from inferflux.engine.vllm.pooling import PoolingPhase
 from inferflux.engine.vllm.replay import Group, ReplayQueue, Turns, in_order, replay
 from inferflux.errors import Conflict, InferfluxError, InvalidRequest, KvError, Unavailable
 from inferflux.kv.digests import prompt_digest
@@ -26,12 +27,14 @@ from inferflux.types import ChoiceTokens, Delivered, Usage
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 
-    from vllm.outputs import RequestOutput
+    from vllm.outputs import PoolingRequestOutput, RequestOutput
+    from vllm.pooling_params import PoolingParams
 
     from inferflux.engine.prefix import Prefixes
+    from inferflux.engine.vllm.grammars import Grammars
     from inferflux.kv.prefixes import Opening
 
-PHASE: ContextVar[Phase | None] = ContextVar("inferflux_phase", default=None)
+PHASE: ContextVar[Phase | PoolingPhase | None] = ContextVar("inferflux_phase", default=None)
 COMPLETIONS, RESPONSES = "/v1/completions", "/v1/responses"
 COMPLETION = re.compile(rb'data: \{[^\[{]*"choices":\[\{"index":(\d+)')
 OPENING = b'"delta":{"role":"assistant","content":""}'
@@ -74,6 +77,7 @@ class PrefillPhase(Phase):
         super().__init__(cache_salt, priority)
         self._prefixes = prefixes
         self._openings: dict[str, Opening] = {}
+        self._digests: dict[str, bytes] = {}
         self.prompts: list[ComputedPrompt] = []
 
     def params(self, request_id: str, prompt: Any, params: SamplingParams) -> SamplingParams:
@@ -87,11 +91,12 @@ class PrefillPhase(Phase):
 
     def prepare(self, request_id: str, prompt: Any, params: SamplingParams, *, has_adapter: bool) -> None:
         """Tell the connector what to publish, and what of it is there already."""
+        self._digests[request_id] = digest(prompt)
         # Log-probabilities of the prompt need its forward pass on the worker that answers: no use for a ticket.
         if self._prefixes is None or params.prompt_logprobs is not None:
             return
         opening = self._openings[request_id] = self._prefixes.open(
-            self.cache_salt if is_text(prompt) and not has_adapter else "", prompt_ids(prompt)
+            salt(prompt, self.cache_salt) if not has_adapter else "", prompt_ids(prompt)
         )
         source = self._prefixes.source(opening, f"prefix/{request_id}")
         connector_params: dict[str, Any] = {transfer.PUBLISH: True, transfer.SHARED: list(opening.shared)}
@@ -107,7 +112,7 @@ class PrefillPhase(Phase):
             self._prefixes.reject(opening)
         self.prompts.append(
             ComputedPrompt(
-                prompt_digest=prompt_digest(ids),
+                prompt_digest=self._digests.pop(request_id),
                 num_prompt_tokens=len(ids),
                 token_ids=tuple(output.outputs[0].token_ids),
                 kv=self._publish(opening, published.get(transfer.SLOTS, ()), len(ids)),
@@ -234,8 +239,8 @@ class DecodePhase(Phase):
         """Each source serves one prompt: equal prompts of one call have a ticket and a first token each."""
         if not self._sources:
             return None
-        digest = prompt_digest(prompt_ids(prompt))
-        source = next((source for source in self._sources if source.prompt_digest == digest), None)
+        wanted = digest(prompt)
+        source = next((source for source in self._sources if source.prompt_digest == wanted), None)
         if source is not None:
             self._sources.remove(source)
         return source
@@ -279,9 +284,32 @@ class DecodePhase(Phase):
         return Usage(sum(self._num_prompt.values()), sum(self._num_output.values()), self._num_cached)
 
 
-def is_text(prompt: Any) -> bool:
-    """Whether a rendered prompt is nothing but its token ids; different images may have the same ids."""
-    return isinstance(prompt, dict) and prompt.get("type") == "token"
+def digest(prompt: Any) -> bytes:
+    """What names a rendered prompt: its token ids, and the images between them."""
+    return prompt_digest(prompt_ids(prompt), media(prompt))
+
+
+def salt(prompt: Any, of_tenant: str) -> str:
+    """What keeps apart the prefixes of prompts that may have the same ids; empty: nobody may share this one's."""
+    kind = prompt.get("type") if isinstance(prompt, dict) else None
+    if kind not in ("token", "multimodal") or not of_tenant:
+        return ""
+    return f"{of_tenant}/{named}" if (named := media(prompt)) else of_tenant
+
+
+def media(prompt: Any) -> str:
+    """Name the images of a rendered prompt, by hashes of their content and processing, and where they are; empty: none.
+
+    Different images have the same placeholders. The hashes are vLLM's own, as in the keys of its prefix cache.
+    """
+    if not isinstance(prompt, dict) or prompt.get("type") != "multimodal":
+        return ""
+    named = [
+        f"{modality}@{place.offset}+{place.length}={name}"
+        for modality, names in sorted(prompt["mm_hashes"].items())
+        for name, place in zip(names, prompt["mm_placeholders"][modality], strict=True)
+    ]
+    return ",".join(named)
 
 
 def prompt_ids(prompt: Any) -> Sequence[int]:
@@ -327,6 +355,7 @@ class TicketLLM(AsyncLLM):
         super().__init__(*args, **kwargs)
         self._send = self.engine_core.add_request_async
         self._sending: set[asyncio.Task[None]] = set()
+        self.grammars: Grammars | None = None
         self.engine_core.add_request_async = self._submit
 
     def generate(
@@ -334,7 +363,7 @@ class TicketLLM(AsyncLLM):
     ) -> AsyncGenerator[RequestOutput, None]:
         """Like AsyncLLM.generate; each output passes the phase before it reaches the application."""
         phase = PHASE.get()
-        if phase is None:
+        if not isinstance(phase, Phase):
             return super().generate(prompt, sampling_params, request_id, **kwargs)
         phase.begin(request_id, sampling_params.n)
         return self._generate(phase, prompt, sampling_params.clone(), request_id, **kwargs)
@@ -344,6 +373,8 @@ class TicketLLM(AsyncLLM):
     ) -> AsyncGenerator[RequestOutput, None]:
         params.extra_args = transfer.without_client_values(params.extra_args)
         try:
+            if self.grammars is not None:
+                await self.grammars.admit(params.structured_outputs)
             prompt, params = phase.salted(prompt), phase.params(request_id, prompt, params)
             params._verify_args()  # noqa: SLF001 - the engine core does so too, and ends when they are wrong
         except InferfluxError as e:
@@ -355,6 +386,17 @@ class TicketLLM(AsyncLLM):
             for part in parts(output, params):
                 phase.observe(request_id, part)
                 yield part
+
+    def encode(
+        self, prompt: Any, pooling_params: PoolingParams, request_id: str, **kwargs: Any
+    ) -> AsyncGenerator[PoolingRequestOutput, None]:
+        """Like AsyncLLM.encode; the phase sees each output before the application does."""
+        phase = PHASE.get()
+        if not isinstance(phase, PoolingPhase):
+            return super().encode(prompt, pooling_params, request_id, **kwargs)
+        kwargs["priority"] = phase.priority
+        outputs = super().encode(phase.salted(prompt), pooling_params, request_id, **kwargs)
+        return phase.observed(request_id, outputs)
 
     async def add_request(self, request_id: str, *args: Any, **kwargs: Any) -> Any:
         """Like AsyncLLM.add_request; what is written again comes before what the engine says."""

@@ -17,7 +17,9 @@ from vllm.distributed import parallel_state
 from vllm.platforms import current_platform
 from vllm.v1.executor import ray_executor_v2
 
-from inferflux.engine.vllm.arguments import INHERITED
+from inferflux.engine.layout import share
+from inferflux.engine.vllm.arguments import INHERITED, NODES, REPLICA_NODES
+from inferflux.engine.vllm.placement import reserve, reserve_on, wait_for_nodes
 from inferflux.kv import handout
 
 RANK_RESOURCE = "inferflux_rank"
@@ -56,14 +58,30 @@ class RayExecutor(ray_executor_v2.RayExecutorV2):
         if current_platform.is_cpu():
             type(current_platform).ray_device_key = RANK_RESOURCE
             ray_executor_v2.RayWorkerProc = CpuRank
-        # Never start a cluster of our own: its ports would be open to whoever reaches them.
-        ray.init(address=os.environ["RAY_ADDRESS"], log_to_driver=False, namespace="inferflux")
+        # Never start a cluster of our own: its ports would be open to whoever reaches them. In a namespace of its own,
+        # since replicas name their ranks alike.
+        ray.init(address=os.environ["RAY_ADDRESS"], log_to_driver=False)
+        self._reserve_nodes()
         self._handout = ExitStack()
-        extra = self.vllm_config.kv_transfer_config.kv_connector_extra_config
-        if extra["arena_fd"] is not None:
+        transfer = self.vllm_config.kv_transfer_config
+        extra = {} if transfer is None else transfer.kv_connector_extra_config
+        if extra.get("arena_fd") is not None:
             extra["arena_socket"] = str(self._handout.enter_context(handout.offered(extra["arena_fd"])))
         super()._init_executor()
         take_name_away(self.rpc_broadcast_mq)
+
+    def _reserve_nodes(self) -> None:
+        """Have the ranks on as many nodes as were asked for; else vLLM takes room where there is."""
+        wanted, parallel = self.vllm_config.additional_config, self.parallel_config
+        if not wanted[NODES]:
+            return
+        device, num_ranks = str(current_platform.ray_device_key), parallel.world_size
+        if parallel.data_parallel_size == 1:
+            parallel.placement_group = reserve(device, num_ranks, wanted[REPLICA_NODES])
+            return
+        replica, num_replicas = parallel.data_parallel_rank, parallel.data_parallel_size
+        nodes = wait_for_nodes(device, num_replicas * num_ranks // wanted[NODES], wanted[NODES])
+        parallel.placement_group = reserve_on(device, share(nodes, num_ranks, replica, num_replicas))
 
     def initialize_from_config(self, *args: Any, **kwargs: Any) -> Any:
         """Let the ranks make their caches and connectors; after that nobody is handed the arena any more."""

@@ -29,6 +29,7 @@ FAILED = -1
 REMOTE = "do_remote_prefill"
 CACHED = "remote_prefill_cached_tokens"
 DELIVERED = "inferflux_delivered"
+EXPERTS_PER_LINE = 256
 
 
 def source_to_params(source: KvSource) -> dict[str, Any]:
@@ -81,6 +82,23 @@ class Report:
         num_bytes, transfer_s = sum(r.num_bytes for r in reports), max(r.transfer_s for r in reports)
         return replace(worst, num_bytes=num_bytes, transfer_s=transfer_s)
 
+
+@dataclass(frozen=True, slots=True)
+class ExpertReport:
+    """Tokens that routers sent to the experts `first`, `first + 1`, ...; one JSON line in the pipe of reports."""
+
+    first: int
+    expert_tokens: list[int]
+
     @classmethod
-    def parse(cls, line: bytes) -> Report:
-        return cls(**json.loads(line))
+    def send_all(cls, tokens: Sequence[int], fd: int) -> None:
+        """Send tokens by expert, in lines that are short enough not to mix with those of others."""
+        for first in range(0, len(tokens), EXPERTS_PER_LINE):
+            report = cls(first, list(tokens[first : first + EXPERTS_PER_LINE]))
+            os.write(fd, json.dumps(asdict(report)).encode() + b"\n")
+
+
+def parse(line: bytes) -> Report | ExpertReport:
+    """Read one line of the pipe."""
+    fields = json.loads(line)
+    return ExpertReport(**fields) if "expert_tokens" in fields else Report(**fields)

@@ -11,6 +11,7 @@ from inferflux.cli.models import (
     ModelError,
     cache_dir,
     check_folder,
+    check_modules,
     ensure_digests,
     known,
     locate,
@@ -84,6 +85,21 @@ def test_incomplete_or_unsafe_folders_are_refused(tmp_path, config, files, compl
     """What is missing or not run is said in one line."""
     with pytest.raises(ModelError, match=complaint):
         check_folder(make_model(tmp_path / "m", config, files))
+
+
+def test_modules_of_an_embedding_model_are_its_own_folders(tmp_path):
+    """How its tokens are pooled is one of its files; a path that leads elsewhere is none."""
+    folder = make_model(tmp_path / "m", files=("tokenizer.json", "model.safetensors", "modules.json"))
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling" / "config.json").write_text("{}")
+    (folder / "modules.json").write_text(json.dumps([{"path": ""}, {"path": "1_Pooling"}]))
+
+    assert "1_Pooling/config.json" in check_folder(folder)
+    check_modules(folder)
+    for strange in ([{"path": "../other"}], [{"path": "/etc"}], [{}], 3, [3]):
+        (folder / "modules.json").write_text(json.dumps(strange))
+        with pytest.raises(ModelError, match=r"modules\.json"):
+            check_modules(folder)
 
 
 def test_no_code_from_the_tokenizer_either(tmp_path):

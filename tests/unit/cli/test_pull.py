@@ -84,6 +84,20 @@ def test_shards_are_taken_with_their_index():
     assert choose([*names, "consolidated.safetensors"]).files == tuple(sorted(names))
 
 
+def test_modules_of_an_embedding_model_come_with_it():
+    """What its vectors are made by, where it says that it has modules."""
+    names = [
+        "m/config.json",
+        "m/model.safetensors",
+        "m/1_Pooling/config.json",
+        "m/onnx/model.onnx",
+        "m/x_y/config.json",
+    ]
+
+    assert "m/1_Pooling/config.json" not in choose(names).files
+    assert set(choose([*names, "m/modules.json"]).files) == {*names[:3], "m/modules.json"}
+
+
 def test_a_signed_folder_is_taken_whole():
     """Anything less would not verify."""
     names = ["a/config.json", "a/model.safetensors", "a/model.sig", "a/README.md", "a/sub/x.json", "b/other.json"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from inferflux.errors import InvalidRequest
-from services.gateway.bounds import MAX_LOGIT_BIASES, MAX_STOPS, Price, price
+from services.gateway.bounds import MAX_INPUTS, MAX_LOGIT_BIASES, MAX_STOPS, Price, price
 
 
 @pytest.mark.parametrize(
@@ -72,3 +72,15 @@ def test_the_limits_of_biases_and_stops_are_allowed():
     biases = {str(i): (-100, 100, 0.5)[i % 3] for i in range(MAX_LOGIT_BIASES)}
 
     assert price({"logit_bias": biases, "stop": ["x"] * MAX_STOPS}, 1) == Price()
+
+
+@pytest.mark.parametrize("name", ["input", "texts", "documents", "text_2", "queries"])
+def test_texts_to_pool_are_counted(name):
+    """The limit itself is allowed; one prompt of many tokens is one text, and so is a conversation."""
+    price({name: ["a"] * MAX_INPUTS}, 8)
+    price({name: [1] * (MAX_INPUTS + 1)}, 8)
+    price({"input": [{"role": "user", "content": "a"}] * (MAX_INPUTS + 1)}, 8)
+    for text in ("a", [1]):
+        with pytest.raises(InvalidRequest, match=f"{name} has {MAX_INPUTS + 1} elements") as caught:
+            price({name: [text] * (MAX_INPUTS + 1)}, 8)
+        assert caught.value.param == name

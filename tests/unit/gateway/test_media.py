@@ -9,6 +9,7 @@ import pytest
 
 from inferflux.errors import InvalidRequest
 from services.gateway.envelope import BodyLimits, parse
+from tests.support.pictures import data_url, picture
 
 ADDRESSES = (
     "http://127.0.0.1/",
@@ -21,7 +22,7 @@ ADDRESSES = (
     "dataa:x",
     "",
 )
-EMBEDDED = "data:image/png;base64,AAAA"
+EMBEDDED = data_url(picture(1, 1, 1))
 
 
 def shapes(url: str) -> list[dict[str, Any]]:

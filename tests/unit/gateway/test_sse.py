@@ -153,12 +153,14 @@ async def test_an_end_without_an_answer_is_an_error(head):
     assert not wire.messages
 
 
-async def test_an_answer_of_the_application_is_passed_on():
-    """Its refusals are the client's business as they are."""
+async def test_a_refusal_of_the_application_is_passed_on_in_the_shape_of_ours():
+    """What it says is the client's business."""
     wire = Wire()
-    await wire.reply.answer(HttpAnswer(HttpHead(422, (("content-type", "application/json"),)), b'{"detail": 1}'))
+    said = b'{"error": {"message": "no such thing", "param": "model"}}'
+    await wire.reply.answer(HttpAnswer(HttpHead(422, (("content-type", "application/json"),)), said))
 
-    assert (wire.status, wire.body) == (422, b'{"detail": 1}')
+    error = json.loads(wire.body)["error"]
+    assert (wire.status, error["message"], error["param"]) == (422, "no such thing", "model")
 
 
 async def test_a_failure_after_a_complete_answer_changes_nothing():

@@ -10,7 +10,7 @@ from services.registry.planner.book import PoolBook
 from services.registry.planner.spec import PoolSpec
 from services.registry.planner.specs import Specs
 
-PREFILL, DECODE = (PoolSpec(model="m", role=role) for role in Role)
+PREFILL, DECODE = (PoolSpec(model="m", role=role) for role in (Role.PREFILL, Role.DECODE))
 
 
 class Store:

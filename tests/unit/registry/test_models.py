@@ -62,6 +62,15 @@ def test_without_a_chosen_default_it_is_the_oldest_that_is_served():
     assert [listed.name for listed in book.listed([])] == ["a", "b", "old"]
 
 
+def test_a_model_that_only_gives_vectors_is_no_default_beside_others():
+    """It can't answer a question; alone it is the default all the same."""
+    book = ModelBook().learn([model("vectors", created_at_ms=1, capabilities=("embeddings", "score"))], NOW_MS)
+    assert [listed.is_default for listed in book.listed(["vectors"])] == [True]
+
+    book = book.learn([model("chat", created_at_ms=2, capabilities=("chat", "embeddings"))], NOW_MS)
+    assert [listed.name for listed in book.listed(["vectors"]) if listed.is_default] == ["chat"]
+
+
 def test_deleting_removes_a_record_and_knows_what_never_was():
     """A stranger is not found."""
     book = ModelBook().put(model(), NOW_MS)

@@ -49,6 +49,26 @@ def test_the_engine_is_told_how_it_is_spread() -> None:
     assert spread.parallelism.num_ranks == 6
 
 
+@pytest.mark.parametrize(
+    ("more", "uses_ray", "nodes_of_replica"),
+    [
+        ({}, False, 0),
+        ({"tensor_parallel": "2", "nodes": "1"}, False, 1),
+        ({"tensor_parallel": "2", "nodes": "2"}, True, 2),
+        ({"tensor_parallel": "4", "data_parallel": "2", "nodes": "4"}, True, 2),
+        ({"data_parallel": "4", "nodes": "2"}, True, 1),
+        ({"tensor_parallel": "2", "executor": "ray"}, True, 0),
+    ],
+)
+def test_several_nodes_take_ray(
+    monkeypatch: pytest.MonkeyPatch, more: dict[str, str], uses_ray: bool, nodes_of_replica: int
+) -> None:
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    parallelism = settings(**more).parallelism
+
+    assert (parallelism.uses_ray, parallelism.nodes_of_replica) == (uses_ray, nodes_of_replica)
+
+
 def test_ray_is_used_only_where_it_asks_who_comes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
     with pytest.raises(ConfigError, match="set RAY_AUTH_MODE=token"):
@@ -67,6 +87,16 @@ def test_ray_is_used_only_where_it_asks_who_comes(monkeypatch: pytest.MonkeyPatc
         ({"cpu_cores": "0-99999"}, "no cores"),
         ({"tensor_parallel": "0"}, "INFERFLUX_TENSOR_PARALLEL: 0 is not at least 1"),
         ({"tensor_parallel": "2", "executor": "uniproc"}, "uniproc has one rank, 2 are wanted"),
+        ({"tensor_parallel": "2", "nodes": "-1"}, "INFERFLUX_NODES: -1 is below 0"),
+        (
+            {"tensor_parallel": "2", "nodes": "2", "executor": "mp"},
+            "INFERFLUX_NODES: 2 hosts take the executor ray, it is mp",
+        ),
+        ({"tensor_parallel": "2", "nodes": "3"}, "1 replicas of 2 ranks can't lie equally on 3 hosts"),
+        (
+            {"data_parallel": "3", "tensor_parallel": "2", "nodes": "2"},
+            "3 replicas of 2 ranks can't lie equally on 2 hosts",
+        ),
     ],
 )
 def test_bad_settings_are_named(more: dict[str, str], complaint: str) -> None:

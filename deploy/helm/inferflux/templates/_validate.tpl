@@ -43,7 +43,9 @@
 {{- fail (printf "%s.%s.planner.mode: act needs planner.mode kubernetes, it is %s" $at $role $.Values.planner.mode) -}}
 {{- end -}}
 {{- $parallelism := $spec.parallelism | default dict -}}
-{{- if and (eq ($parallelism.executor | default "auto") "ray") (not $parallelism.rayAuthSecret) -}}
+{{- if include "inferflux.isSpread" $spec -}}
+{{- include "inferflux.validateRay" (dict "root" $ "at" (printf "%s.%s" $at $role) "pool" $pool "role" $role) -}}
+{{- else if and (eq ($parallelism.executor | default "auto") "ray") (not $parallelism.rayAuthSecret) -}}
 {{- fail (printf "%s.%s.parallelism.rayAuthSecret: missing; the executor ray needs a Secret with the cluster's token" $at $role) -}}
 {{- end -}}
 {{- $rollout := $spec.rollout | default dict -}}

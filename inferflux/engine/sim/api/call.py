@@ -188,12 +188,13 @@ class Renderer(ABC):
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A call that generates."""
+    """A call that generates; or one that is `is_pooling`, whose tokens are nobody's: its prompts are what counts."""
 
     prompts: tuple[tuple[int, ...], ...]
     sampling: Sampling
     stream: bool
     renderer: Renderer
+    is_pooling: bool = False
 
 
 def event(document: Mapping[str, Any], name: str | None = None) -> bytes:
@@ -207,10 +208,9 @@ DONE = b"data: [DONE]\n\n"
 
 def openai_usage(usage: Usage) -> dict[str, Any]:
     """Usage as OpenAI's chat and completions have it."""
-    details = {"cached_tokens": usage.cached_tokens} if usage.cached_tokens else None
     return {
         "prompt_tokens": usage.prompt_tokens,
         "total_tokens": usage.prompt_tokens + usage.completion_tokens,
         "completion_tokens": usage.completion_tokens,
-        "prompt_tokens_details": details,
+        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
     }

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from inferflux.engine.sim.api.call import BadCall, Fields, Outcome, Plan, Renderer, chat_prompt, event, sampling
-from inferflux.engine.sim.sequence import Emitted
+from inferflux.engine.sim.sequence import Emitted, Sampling
 from inferflux.types import RequestContext, Usage
 
 
@@ -15,9 +15,10 @@ class ResponsesRenderer(Renderer):
 
     prefix = "resp_"
 
-    def __init__(self, model: str, context: RequestContext, max_output_tokens: int | None) -> None:
+    def __init__(self, model: str, context: RequestContext, how: Sampling, instructions: str | None) -> None:
         super().__init__(model, context)
-        self._max_output_tokens = max_output_tokens
+        self._how = how
+        self._instructions = instructions
         self._item_id = "msg_" + context.request_id
         self._num_events = 0
 
@@ -60,12 +61,16 @@ class ResponsesRenderer(Renderer):
             "status": status,
             "error": None,
             "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None,
-            "max_output_tokens": self._max_output_tokens,
+            "instructions": self._instructions,
+            "max_output_tokens": self._how.max_tokens,
+            "metadata": None,
             "model": self.model,
             "output": output,
             "parallel_tool_calls": True,
             "tool_choice": "auto",
+            "temperature": self._how.temperature,
             "tools": [],
+            "top_p": 1.0,
             "usage": _usage(usage) if usage else None,
         }
 
@@ -101,7 +106,7 @@ def plan(fields: Fields, model: str, context: RequestContext) -> Plan:
     if not isinstance(value, str | list):
         raise BadCall("input must be a string or a list of messages", param="input")
     turns = [{"role": "user", "content": value}] if isinstance(value, str) else value
-    instructions = fields.text("instructions") if fields.has("instructions") else ""
+    instructions = fields.text("instructions") if fields.has("instructions") else None
     how = sampling(fields, "max_output_tokens")
-    renderer = ResponsesRenderer(model, context, how.max_tokens)
-    return Plan((chat_prompt(turns, instructions),), how, fields.flag("stream"), renderer)
+    renderer = ResponsesRenderer(model, context, how, instructions)
+    return Plan((chat_prompt(turns, instructions or ""),), how, fields.flag("stream"), renderer)

@@ -1,0 +1,1 @@
+"""The gateway against OpenAI's own description of its API: `make test-api`."""

@@ -1,0 +1,1 @@
+"""What clients are promised, measured on a real cluster: one command each, `make test-conformance` for all."""
