@@ -11,7 +11,7 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +20,10 @@ from typing import Any
 from inferflux.cli import digests, jobs
 from inferflux.cli.digests import Digests
 from inferflux.engine import reference
-from inferflux.errors import ConfigError, InferfluxError
-from inferflux.models.manifest import REFERENCE
+from inferflux.errors import ConfigError, InferfluxError, ModelRefused
+from inferflux.models.manifest import NAME as MANIFEST
+from inferflux.models.manifest import REFERENCE, Manifest
+from inferflux.models.rules import SignaturePolicy
 
 DEFAULT = "smollm2-135m"
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "tekken.json", "vocab.txt")
@@ -49,8 +51,18 @@ class Model:
     reference: Path
 
 
-def prepare(name_or_folder: str, models_dir: Path, progress: Progress, *, available_bytes: int) -> Model:
-    """Find, build or check the model. Raises ModelError."""
+def prepare(
+    name_or_folder: str,
+    models_dir: Path,
+    progress: Progress,
+    *,
+    available_bytes: int,
+    is_verified_later: bool = False,
+) -> Model:
+    """Find, build or check the model. Raises ModelError.
+
+    `is_verified_later`: workers load nothing but what was signed, so that a signed folder's word is taken for now.
+    """
     models_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     name, folder = locate(name_or_folder, models_dir)
     with locked(models_dir / f".lock-{name}", lambda: progress("waiting for another process", None)):
@@ -58,6 +70,8 @@ def prepare(name_or_folder: str, models_dir: Path, progress: Progress, *, availa
 
         pull.ensure(name, folder, models_dir, progress)
         files = check_folder(folder)
+        if is_verified_later and (signed := read_signed(name, folder)) is not None:
+            return signed
         cache = cache_dir(folder, models_dir)
         known = ensure_digests(folder, files, cache, progress)
         num_bytes = sum(f.size for n, f in known.files.items() if n.endswith(".safetensors"))
@@ -66,6 +80,23 @@ def prepare(name_or_folder: str, models_dir: Path, progress: Progress, *, availa
             check_room(name, num_bytes, available_bytes)
             compute_reference(folder, known.weights_digest, cache, progress)
         return Model(name, folder, known.weights_digest, num_bytes, (place or cache) / REFERENCE)
+
+
+def is_verified_later(environ: Mapping[str, str]) -> bool:
+    """Say whether workers of this environment refuse what is not as it was signed."""
+    return environ.get("INFERFLUX_MODEL_SIGNATURE") == SignaturePolicy.REQUIRE
+
+
+def read_signed(name: str, folder: Path) -> Model | None:
+    """Take digest and reference from a signed folder as they are; None when it does not bring both."""
+    try:
+        manifest = Manifest.parse((folder / MANIFEST).read_bytes())
+    except (OSError, ModelRefused):
+        return None
+    if not manifest.numerics:
+        return None
+    num_bytes = sum(file.size for n, file in manifest.files.items() if n.endswith(".safetensors"))
+    return Model(name, folder, manifest.weights_digest, num_bytes, folder / manifest.numerics)
 
 
 def locate(name_or_folder: str, models_dir: Path) -> tuple[str, Path]:

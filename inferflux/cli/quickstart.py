@@ -86,6 +86,7 @@ def prepare_model(options: ClusterOptions, model: str | None) -> ClusterOptions:
             models_dir(os.environ),
             steps.update,
             available_bytes=preflight.available_bytes(),
+            is_verified_later=models.is_verified_later(os.environ),
         )
         steps.finish_all()
     preflight.check_memory(options, prepared.num_weight_bytes, os.environ)

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from inferflux.worker.model import LoadableModel
 
 # Real steps can take seconds (a long prompt on a CPU), simulated ones take milliseconds.
+MAX_ADAPTERS = 256
+ADAPTER_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 WEDGED_AFTER_S = {"vllm": 30.0, "sim": 2.0}
 
 
@@ -74,6 +76,10 @@ class WorkerSettings(CommonSettings):
     cluster); auto is uniproc for one rank and mp for more."""
     ray_address: str = "auto"
     """Where the Ray cluster is, host:port; auto: a node of it runs on this host."""
+    max_adapters: int = 0
+    """Most LoRA adapters that the engine can hold; 0: none, which computes a little faster."""
+    max_adapter_rank: int = 16
+    """Highest rank of an adapter: 1, 8, 16, 32, 64, 128, 256, 320 or 512."""
     sim_profile: Path | None = None
     """Sizes and latencies of the simulated engine."""
     numerics_reference: Path | None = None
@@ -96,6 +102,11 @@ class WorkerSettings(CommonSettings):
             raise ValueError("INFERFLUX_MODEL_DIR: missing")
         if self.kv_transport == "nixl" and not nixl.is_installed():
             raise ValueError("INFERFLUX_KV_TRANSPORT: nixl is not installed: pip install 'inferflux[nixl]'")
+        if not 0 <= self.max_adapters <= MAX_ADAPTERS:
+            raise ValueError(f"INFERFLUX_MAX_ADAPTERS: {self.max_adapters} is not from 0 to {MAX_ADAPTERS}")
+        if self.max_adapter_rank not in ADAPTER_RANKS:
+            ranks = ", ".join(map(str, ADAPTER_RANKS))
+            raise ValueError(f"INFERFLUX_MAX_ADAPTER_RANK: {self.max_adapter_rank} is none of {ranks}")
         if not 0 <= self.kv_pinned_share <= 1:
             raise ValueError(f"INFERFLUX_KV_PINNED_SHARE: {self.kv_pinned_share} is not between 0 and 1")
         parse_cores(self.cpu_cores)
@@ -152,6 +163,8 @@ class WorkerSettings(CommonSettings):
             parallelism=self.parallelism,
             numerics_reference=model.numerics_reference,
             sim_profile=self.sim_profile,
+            max_adapters=self.max_adapters,
+            max_adapter_rank=self.max_adapter_rank,
         )
 
 

@@ -105,7 +105,7 @@ def app() -> Doorway:
     admin = AdminApi(Policy(), never, FleetApi(Fleet(lambda: ())), Matrix(lambda: (), News()))
     apis = PolicyApi(Documents(), never), PolicyViews(Documents(), never), AuditApi(Documents())
     cache = CacheApi(inference.auth, inference.pool, str)
-    return create_app(idempotency, (admin, cache, *apis), lambda _: (MODEL,), Lifecycle("gateway", "g"))
+    return create_app(idempotency, (admin, cache, *apis), lambda *_: (MODEL,), Lifecycle("gateway", "g"))
 
 
 @pytest.fixture
