@@ -17,7 +17,7 @@ PARALLEL := -n 2 --dist loadfile
 say = @printf '\n\033[1m==> %s\033[0m\n' "$(1)"
 
 .PHONY: help setup quickstart test test-unit test-contract test-integration test-e2e test-tools \
-        test-guardrails test-chaos test-helm test-ray test-simulation test-security test-mutants lint type protos \
+        helm-tools test-guardrails test-chaos test-helm test-ray test-simulation test-security test-mutants lint type protos \
         protos-check bench clean
 
 help: ## Show this list
@@ -77,7 +77,10 @@ test-guardrails: setup ## The language models of guardrail workers (a minute to 
 	$(call say,guardrail models)
 	$(PYTEST) tests/guardrails $(ARGS)
 
-test-helm: test-tools ## The chart on a cluster of processes (needs root), or on the one of KUBECONFIG (under 10 minutes)
+helm-tools: test-tools
+	@bash scripts/test_tools.sh checkov
+
+test-helm: helm-tools ## The chart on a cluster of processes (needs root), or on the one of KUBECONFIG (under 10 minutes)
 	$(call say,chart)
 	$(BIN)/python scripts/values_doc.py --check
 	$(PYTEST) tests/contract/test_chart.py tests/helm $(ARGS)
@@ -89,6 +92,7 @@ test-ray: setup ## Engines of several ranks on a Ray cluster of two nodes: exact
 test-chaos: test-tools ## At least 200 proven faults in 12 minutes on the sim engine; ARGS="--engine vllm --faults 30 ..." says otherwise
 	$(call say,chaos)
 	$(BIN)/python -m tests.chaos.corruption
+	$(BIN)/python -m tests.chaos.herd
 	$(BIN)/python -m tests.chaos $(ARGS)
 
 test-simulation: setup ## Gateway, sessions and tickets in virtual time: 2,000 seeds (5 minutes on 2 cores); ARGS="--seed 7 -v" replays one

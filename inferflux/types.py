@@ -15,10 +15,11 @@ from inferflux.v1 import types_pb2 as pb
 
 
 class Role(StrEnum):
-    """Which phase a worker computes."""
+    """Which phase a worker computes; pooling is a prefill whose result is the answer."""
 
     PREFILL = "prefill"
     DECODE = "decode"
+    POOLING = "pooling"
 
 
 class State(StrEnum):
@@ -256,13 +257,17 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class KvReport:
-    """What became of a ticket. `result`: committed | recomputed | unneeded; `reason` only for recomputed."""
+    """What became of a ticket. `result`: committed | recomputed | unneeded; `reason` only for recomputed.
+
+    `transport`: of the path to its blocks; engines leave it out.
+    """
 
     ticket_id: str
     result: str
     reason: str = ""
     num_bytes: int = 0
     transfer_s: float = 0.0
+    transport: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -351,7 +356,11 @@ class Pulse:
         )
 
 
-ROLE_TO_PROTO = {Role.PREFILL: pb.WORKER_ROLE_PREFILL, Role.DECODE: pb.WORKER_ROLE_DECODE}
+ROLE_TO_PROTO = {
+    Role.PREFILL: pb.WORKER_ROLE_PREFILL,
+    Role.DECODE: pb.WORKER_ROLE_DECODE,
+    Role.POOLING: pb.WORKER_ROLE_POOLING,
+}
 ROLE_FROM_PROTO = {v: k for k, v in ROLE_TO_PROTO.items()}
 STATE_TO_PROTO = {
     State.STARTING: pb.WORKER_STATE_STARTING,
@@ -407,6 +416,7 @@ def frame_to_proto(handle: int, frame: Frame) -> decode_pb.Delta:
             result=KV_RESULT_TO_PROTO[report.result],
             reason=report.reason,
             num_bytes=report.num_bytes,
+            transport=report.transport,
         )
         item.transfer_time.FromTimedelta(timedelta(seconds=report.transfer_s))
     if frame.end is not None:
@@ -425,4 +435,4 @@ def frame_from_proto(delta: decode_pb.Delta) -> Frame:
 def kv_from_proto(message: decode_pb.KvReport) -> KvReport:
     """Convert the outcome of one ticket."""
     result, transfer_s = KV_RESULT_FROM_PROTO[message.result], message.transfer_time.ToTimedelta().total_seconds()
-    return KvReport(message.ticket_id, result, message.reason, message.num_bytes, transfer_s)
+    return KvReport(message.ticket_id, result, message.reason, message.num_bytes, transfer_s, message.transport)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 REPOSITORY = Path(__file__).parents[1]
-LOCKS = {"control": "gateway,k8s", "worker-cpu": "gateway,cpu,nixl"}
+LOCKS = {"control": "gateway,k8s", "guardrails": "guardrails", "worker-cpu": "gateway,cpu,nixl"}
 TIMEOUT_S = 1800
 
 

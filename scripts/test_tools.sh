@@ -1,22 +1,30 @@
 #!/usr/bin/env bash
 # Install what tests need beside .venv: an S3 server in a folder of its own, and Debian packages; without root, say which.
+# With `checkov` only that: the tests of the chart want it, and it is large.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-# Apart from .venv: boto3 wants an older python-dateutil than kubernetes does.
-VENV=${VENV:-.venv}
-S3=$VENV/s3-server
-if [[ ! -e $S3/.ready ]]; then
-    echo "==> installing moto, the S3 server of the tests"
-    rm -rf "$S3"
-    if ! "$VENV/bin/python" -m pip install --disable-pip-version-check --quiet --no-input --target "$S3" \
-        'moto[s3]==5.2.5' 'flask>=3.1,<4' 'flask-cors>=6,<7' >"$VENV/s3-server.log" 2>&1; then
-        tail -20 "$VENV/s3-server.log" >&2
-        echo "could not install the S3 server of the tests" >&2
+# apart NAME PACKAGES...: install into a folder of its own, since these want other versions of what .venv has.
+apart() {
+    local target=$VENV/$1
+    [[ -e $target/.ready ]] && return
+    echo "==> installing $1 for the tests"
+    rm -rf "$target"
+    if ! "$VENV/bin/python" -m pip install --disable-pip-version-check --quiet --no-input --target "$target" \
+        "${@:2}" >"$target.log" 2>&1; then
+        tail -20 "$target.log" >&2
+        echo "could not install $1 for the tests" >&2
         exit 1
     fi
-    touch "$S3/.ready"
+    touch "$target/.ready"
+}
+
+VENV=${VENV:-.venv}
+if [[ ${1:-} == checkov ]]; then
+    apart checkov 'checkov==3.3.30'
+    exit 0
 fi
+apart s3-server 'moto[s3]==5.2.5' 'flask>=3.1,<4' 'flask-cors>=6,<7'
 
 command -v redis-server >/dev/null && exit 0
 how="apt-get install --no-install-recommends redis-server"

@@ -10,7 +10,7 @@ group "sbom" { targets = ["attested"] }
 
 target "image" {
   name       = "inferflux-${service}"
-  matrix     = { service = ["gateway", "policy", "registry", "prefill", "decode", "prefill-gpu", "decode-gpu"] }
+  matrix     = { service = ["gateway", "policy", "registry", "guardrails", "prefill", "decode", "prefill-gpu", "decode-gpu"] }
   context    = "."
   dockerfile = "deploy/docker/Dockerfile"
   target     = service
@@ -19,7 +19,7 @@ target "image" {
 
 target "attested" {
   name     = "attested-${service}"
-  matrix   = { service = ["gateway", "policy", "registry", "prefill", "decode", "prefill-gpu", "decode-gpu"] }
+  matrix   = { service = ["gateway", "policy", "registry", "guardrails", "prefill", "decode", "prefill-gpu", "decode-gpu"] }
   inherits = ["inferflux-${service}"]
   attest   = ["type=sbom", "type=provenance,mode=max"]
 }

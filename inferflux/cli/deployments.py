@@ -69,6 +69,8 @@ class Deployments:
             numerics_reference="",
             prefill=int(spec["prefill"]),
             decode=int(spec["decode"]),
+            pooling=0,
+            embedding=None,
             settings=dict(spec["settings"]),
         )
         work = self._carry_out(deployment, options, str(spec["source"]))

@@ -111,6 +111,11 @@ def quickstart(
     ] = None,
     prefill: Annotated[int, typer.Option(min=0, max=64, help="Prefill workers.")] = 1,
     decode: Annotated[int, typer.Option(min=1, max=64, help="Decode workers.")] = 1,
+    embedding_model: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="A second model, for /v1/embeddings, /v1/score and /v1/rerank; named as --model is."),
+    ] = None,
+    pooling: Annotated[int, typer.Option(min=1, max=64, help="Pooling workers, if there is an --embedding-model.")] = 1,
     gateways: Annotated[int, typer.Option(min=1, max=16, help="Gateways, on ports one after the other.")] = 1,
     host: Annotated[str, typer.Option(help="Address the gateway listens on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 picks a free one.")] = 8080,
@@ -128,12 +133,13 @@ def quickstart(
         "",
         prefill=prefill,
         decode=decode,
+        pooling=pooling if embedding_model else 0,
         gateways=gateways,
         host=host,
         port=port,
         dtype=str(dtype),
     )
-    quickstart(options, model, detach=detach, output=output)
+    quickstart(options, model, embedding_model, detach=detach, output=output)
 
 
 @app.command()

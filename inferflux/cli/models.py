@@ -57,9 +57,10 @@ def prepare(
     progress: Progress,
     *,
     available_bytes: int,
+    is_embedding: bool = False,
     is_verified_later: bool = False,
 ) -> Model:
-    """Find, build or check the model. Raises ModelError.
+    """Find, build or check the model; `is_embedding`: one that gives vectors. Raises ModelError.
 
     `is_verified_later`: workers load nothing but what was signed, so that a signed folder's word is taken for now.
     """
@@ -70,15 +71,17 @@ def prepare(
 
         pull.ensure(name, folder, models_dir, progress)
         files = check_folder(folder)
+        if is_embedding:
+            check_embedding(folder)
         if is_verified_later and (signed := read_signed(name, folder)) is not None:
             return signed
         cache = cache_dir(folder, models_dir)
         known = ensure_digests(folder, files, cache, progress)
         num_bytes = sum(f.size for n, f in known.files.items() if n.endswith(".safetensors"))
-        place = next((p for p in (folder, cache) if has_reference(p, known.weights_digest)), None)
+        place = next((p for p in (folder, cache) if has_reference(p, known.weights_digest, is_embedding)), None)
         if place is None:
             check_room(name, num_bytes, available_bytes)
-            compute_reference(folder, known.weights_digest, cache, progress)
+            compute_reference(folder, known.weights_digest, cache, progress, is_embedding=is_embedding)
         return Model(name, folder, known.weights_digest, num_bytes, (place or cache) / REFERENCE)
 
 
@@ -135,7 +138,8 @@ def check_folder(folder: Path) -> list[str]:
         raise ModelError(f"{folder} has no tokenizer ({', '.join(VOCABULARIES)})")
     settings = [p.name for p in folder.glob("*.json") if not p.name.startswith("inferflux-")]
     templates = [p.name for p in folder.glob("*.jinja")]
-    return sorted({"config.json", *check_weights(folder), *vocabularies, *settings, *templates})
+    modules = [p.relative_to(folder).as_posix() for p in folder.glob("[0-9]_*/config.json")]
+    return sorted({"config.json", *check_weights(folder), *vocabularies, *settings, *templates, *modules})
 
 
 def check_weights(folder: Path) -> list[str]:
@@ -151,6 +155,12 @@ def check_weights(folder: Path) -> list[str]:
     if not weights:
         raise ModelError(f"{folder} has no *.safetensors weights (pickled .bin and .pt files are not read)")
     return weights
+
+
+def check_embedding(folder: Path) -> None:
+    """Check that the folder says how tokens become one vector: guessing it gives other vectors than its authors'."""
+    if not (folder / "modules.json").is_file():
+        raise ModelError(f"{folder} has no modules.json: not a sentence-transformers model")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -182,10 +192,11 @@ def ensure_digests(folder: Path, files: list[str], cache: Path, progress: Progre
     return known
 
 
-def has_reference(place: Path, weights_digest: str) -> bool:
+def has_reference(place: Path, weights_digest: str, is_embedding: bool) -> bool:
     """Say whether the numerics reference is there and of these very weights."""
+    load = reference.load_embedding if is_embedding else reference.load
     try:
-        return reference.load(place / REFERENCE).weights_digest == weights_digest
+        return load(place / REFERENCE).weights_digest == weights_digest
     except ConfigError:
         return False  # none yet, or one of another format
 
@@ -198,10 +209,13 @@ def check_room(name: str, num_weight_bytes: int, available_bytes: int) -> None:
         raise ModelError(f"not enough memory for the numerics reference of {name} in float32: {sizes}")
 
 
-def compute_reference(folder: Path, weights_digest: str, cache: Path, progress: Progress) -> None:
+def compute_reference(
+    folder: Path, weights_digest: str, cache: Path, progress: Progress, *, is_embedding: bool
+) -> None:
     """Compute the numerics reference in a child process, once."""
     arguments = [str(folder), weights_digest, str(cache / REFERENCE)]
-    jobs.run("reference", arguments, lambda fraction: progress("computing numerics reference", fraction))
+    job = "embedding_reference" if is_embedding else "reference"
+    jobs.run(job, arguments, lambda fraction: progress("computing numerics reference", fraction))
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from inferflux.cli.placement import Cores, place
+from inferflux.cli.placement import Cores, place, share
 from inferflux.config import env_name
 from inferflux.errors import ConfigError
 from inferflux.paths import Home
@@ -23,7 +23,7 @@ from inferflux.paths import Home
 MIB = 1 << 20
 VLLM_KV_BYTES = 512 * MIB
 SIM_ARENA_BYTES = 64 * MIB
-WORKER_ROLES = ("prefill", "decode")
+WORKER_ROLES = ("prefill", "decode", "pooling")
 STOP_ORDER = (("gateway",), WORKER_ROLES, ("policy", "registry"), ("redis",))
 DRAIN = {"INFERFLUX_DRAIN_TIMEOUT_S": "10", "INFERFLUX_DRAIN_BUDGET_S": "10"}
 """Who stops a cluster on a laptop does not wait ten minutes for a stream: then it ends with an error."""
@@ -34,8 +34,18 @@ PRIVATE = ("INFERFLUX_API_KEYS", "INFERFLUX_REDIS_URL", "INFERCTL_API_KEY")
 
 
 @dataclass(frozen=True, slots=True)
+class EmbeddingModel:
+    """The model of the pooling workers, prepared."""
+
+    name: str
+    folder: str = ""
+    digest: str = ""
+    numerics_reference: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class ClusterOptions:
-    """What `inferctl quickstart` was asked for, with a prepared model."""
+    """What `inferctl quickstart` was asked for, with prepared models. `embedding` None: no pooling workers."""
 
     engine: str
     model: str
@@ -44,11 +54,13 @@ class ClusterOptions:
     numerics_reference: str = ""
     prefill: int = 1
     decode: int = 1
+    pooling: int = 0
     gateways: int = 1
     host: str = "127.0.0.1"
     port: int = 8080
     dtype: str = "auto"
     log_level: str = "INFO"
+    embedding: EmbeddingModel | None = None
     settings: Mapping[str, str] = field(default_factory=dict)
     """Other settings of the workers, by name; they win over the environment."""
 
@@ -74,8 +86,10 @@ class ClusterOptions:
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> ClusterOptions:
         """Read what `to_json` wrote, also of another version: unknown keys are ignored."""
-        known = {f.name for f in fields(cls)}
-        return cls(**{k: v for k, v in document.items() if k in known})
+        known = {k: v for k, v in document.items() if k in {f.name for f in fields(cls)}}
+        if (embedding := known.get("embedding")) is not None:
+            known["embedding"] = EmbeddingModel(**embedding)
+        return cls(**known)
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,17 +186,22 @@ def worker_places(options: ClusterOptions, cores: Sequence[int]) -> dict[str, li
     """Choose the cores of each worker, by role and number."""
     # A simulator sleeps instead of computing: pinning it would only get in the way of what is measured with it.
     pinned = cores if options.engine == "vllm" else ()
-    return dict(zip(WORKER_ROLES, place(pinned, options.prefill, options.decode), strict=True))
+    prefill, decode = place(pinned, options.prefill, options.decode)
+    # Where prompts are computed: a batch of texts must not stall running streams.
+    computing = sorted({core for cores in prefill or decode for core in cores})
+    pooling: list[Cores] = share(computing, options.pooling) if computing else [()] * options.pooling
+    return {"prefill": prefill, "decode": decode, "pooling": pooling}
 
 
 def worker(
     role: str, number: int, cores: Cores, options: ClusterOptions, home: Home, base: Mapping[str, str]
 ) -> ProcessSpec:
     """Describe one worker."""
-    env = {**worker_defaults(options, cores), **base, **worker_env(options)}
+    own = pooling_env(options) if role == "pooling" else worker_env(options)
+    env = {**worker_defaults(options, cores), **base, **own}
     # OpenMP reads it when torch is loaded, before any of our code can say it.
     env["OMP_NUM_THREADS"] = env["INFERFLUX_THREADS"]
-    return replace(service(role, number, home, env, cores), model=options.model)
+    return replace(service(role, number, home, env, cores), model=env["INFERFLUX_MODEL"])
 
 
 def one_more(
@@ -216,6 +235,21 @@ def worker_env(options: ClusterOptions) -> dict[str, str]:
     if options.numerics_reference:
         env["INFERFLUX_NUMERICS_REFERENCE"] = options.numerics_reference
     return env | {env_name(name): value for name, value in options.settings.items()}
+
+
+def pooling_env(options: ClusterOptions) -> dict[str, str]:
+    """Build what makes a process a worker of the embedding model; sizes that were meant for the other one are not."""
+    model = options.embedding
+    if model is None:
+        raise ConfigError("pooling workers need an embedding model")
+    own = replace(
+        options,
+        model=model.name,
+        model_dir=model.folder,
+        model_digest=model.digest,
+        numerics_reference=model.numerics_reference,
+    )
+    return worker_env(own) | {"INFERFLUX_MAX_MODEL_LEN": "0", "INFERFLUX_BLOCK_SIZE": "0"}
 
 
 def redis_socket(home: Home) -> str:

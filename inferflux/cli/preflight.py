@@ -71,7 +71,9 @@ def needed_bytes(options: ClusterOptions, num_weight_bytes: int, environ: Mappin
     else:
         is_float32 = options.dtype == "float32" or (options.dtype == "auto" and _auto_is_float32())
         each = VLLM_BASE_BYTES + num_weight_bytes * (2 if is_float32 else 1)
-    return SERVICES_BYTES + (options.prefill + options.decode) * (each + cache) + options.prefill * arena
+    # A pooling worker has a small model and the same libraries.
+    pooling = options.pooling * (each if options.engine == "sim" else VLLM_BASE_BYTES)
+    return SERVICES_BYTES + (options.prefill + options.decode) * (each + cache) + options.prefill * arena + pooling
 
 
 def available_bytes(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")) -> int:

@@ -15,7 +15,7 @@ from inferflux.cli import control, launch, preflight
 from inferflux.cli.failure import CliError, Exit
 from inferflux.cli.interrupts import Interrupts
 from inferflux.cli.output import Format, note, print_json
-from inferflux.cli.plan import ClusterOptions
+from inferflux.cli.plan import ClusterOptions, EmbeddingModel
 from inferflux.cli.progress import Steps
 from inferflux.errors import InferfluxError
 from inferflux.paths import Home, models_dir
@@ -24,7 +24,9 @@ SIMULATOR = "THIS IS A SIMULATOR: the sim engine runs no model and its answers m
 FIRST_KEY = "quickstart"
 
 
-def quickstart(options: ClusterOptions, model: str | None, *, detach: bool, output: Format) -> None:
+def quickstart(
+    options: ClusterOptions, model: str | None, embedding_model: str | None, *, detach: bool, output: Format
+) -> None:
     """Start a cluster, or say what runs already. In the foreground it returns when the cluster has stopped."""
     try:
         home = Home.from_env(os.environ).ensure()
@@ -33,7 +35,7 @@ def quickstart(options: ClusterOptions, model: str | None, *, detach: bool, outp
             tell_running(running, output)
             return
         with Interrupts() as interrupts:
-            prepared = prepare(options, model)
+            prepared = prepare(options, model, embedding_model)
             with interrupts.deferred():
                 run(home, prepared, interrupts, detach=detach, output=output)
     except InferfluxError as e:
@@ -62,8 +64,8 @@ def tell_running(status: dict[str, Any], output: Format) -> None:
     note("  `inferctl server stop` stops them")
 
 
-def prepare(options: ClusterOptions, model: str | None) -> ClusterOptions:
-    """Check what can be checked before anything starts, and get the model ready."""
+def prepare(options: ClusterOptions, model: str | None, embedding_model: str | None = None) -> ClusterOptions:
+    """Check what can be checked before anything starts, and get the models ready."""
     preflight.check_engine(options.engine)
     if options.port == 0:
         options = replace(options, port=preflight.free_port(options.host, options.gateways))
@@ -72,8 +74,9 @@ def prepare(options: ClusterOptions, model: str | None) -> ClusterOptions:
     preflight.check_memory(options, 0, os.environ)  # before a download that would be in vain
     if options.engine == "sim":
         note(SIMULATOR)
-        return replace(options, model=model or "sim")
-    return prepare_model(options, model)
+        embedding = EmbeddingModel(embedding_model) if embedding_model else None
+        return replace(options, model=model or "sim", embedding=embedding)
+    return prepare_model(prepare_embedding(options, embedding_model), model)
 
 
 def prepare_model(options: ClusterOptions, model: str | None) -> ClusterOptions:
@@ -97,6 +100,21 @@ def prepare_model(options: ClusterOptions, model: str | None) -> ClusterOptions:
         model_digest=prepared.weights_digest,
         numerics_reference=str(prepared.reference),
     )
+
+
+def prepare_embedding(options: ClusterOptions, name: str | None) -> ClusterOptions:
+    """Do the same for the embedding model, if one is wanted."""
+    from inferflux.cli import models  # noqa: PLC0415 - not for the simulator
+
+    if name is None:
+        return options
+    with Steps() as steps:
+        prepared = models.prepare(
+            name, models_dir(os.environ), steps.update, available_bytes=preflight.available_bytes(), is_embedding=True
+        )
+        steps.finish_all()
+    model = EmbeddingModel(prepared.name, str(prepared.folder), prepared.weights_digest, str(prepared.reference))
+    return replace(options, embedding=model)
 
 
 def run(home: Home, options: ClusterOptions, interrupts: Interrupts, *, detach: bool, output: Format) -> None:
@@ -159,6 +177,10 @@ Try:
   curl {options.url}/v1/chat/completions -H "Authorization: Bearer $INFERCTL_API_KEY" \\
     -H 'Content-Type: application/json' \\
     -d '{{"model": "{options.model}", "messages": [{{"role": "user", "content": "Hello!"}}]}}'
+""")
+    if options.embedding is not None:
+        note(f"""  curl {options.url}/v1/embeddings -H "Authorization: Bearer $INFERCTL_API_KEY" \\
+    -H 'Content-Type: application/json' -d '{{"model": "{options.embedding.name}", "input": "Hello!"}}'
 """)
     note(f"`{inferctl} server stop` stops it." if detach else "Ctrl-C stops it.")
     if options.engine == "sim":

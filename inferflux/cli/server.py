@@ -76,9 +76,11 @@ def start(output: Format) -> None:
         raise CliError("nothing was started here yet", hint="inferctl quickstart starts a cluster")
     options = earlier.options
     model = options.model_dir or options.model
+    embedding = options.embedding
     quickstart(
-        replace(options, model="", model_dir="", model_digest="", numerics_reference=""),
+        replace(options, model="", model_dir="", model_digest="", numerics_reference="", embedding=None),
         model,
+        (embedding.folder or embedding.name) if embedding else None,
         detach=True,
         output=output,
     )

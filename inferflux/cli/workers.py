@@ -41,6 +41,8 @@ class Workers:
         self._start = start
         self._is_stopping = is_stopping
         self._options_of = {(options.model, 0): options}
+        if options.embedding is not None:
+            self._options_of[options.embedding.name, 0] = options
         self._deployments = Deployments(options, os.environ, self._add_all)
         self._ending: set[asyncio.Task[None]] = set()
 

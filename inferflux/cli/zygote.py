@@ -37,6 +37,7 @@ PRELOAD = (
     "inferflux.engine.vllm.llm",
     "inferflux.engine.vllm.application",
     "inferflux.engine.vllm.connector",
+    "inferflux.engine.vllm.grammars",
     "inferflux.engine.vllm.numerics",
     "vllm.entrypoints.launchers.api_server.app_state",
     "vllm.entrypoints.launchers.app",

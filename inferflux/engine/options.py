@@ -48,6 +48,14 @@ class Parallelism:
 
 
 @dataclass(frozen=True, slots=True)
+class GrammarLimits:
+    """What compiling one grammar of structured output may take: seconds of CPU time, bytes of memory."""
+
+    cpu_s: int = 2
+    memory_bytes: int = 256 * MIB
+
+
+@dataclass(frozen=True, slots=True)
 class EngineOptions:
     """One engine's configuration.
 
@@ -74,5 +82,6 @@ class EngineOptions:
     parallelism: Parallelism = Parallelism()
     numerics_reference: Path | None = None
     sim_profile: Path | None = None
+    grammar_limits: GrammarLimits = GrammarLimits()
     max_adapters: int = 0
     max_adapter_rank: int = 16

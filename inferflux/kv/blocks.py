@@ -8,6 +8,9 @@ So it looks the same however many ranks wrote it side by side, and a reader with
 pieces out. The digest of the slot, which the ticket carries, is that of its pieces' digests: small enough for whoever
 publishes to make when all ranks are done, and a rank that reads can check what it copied without reading the rest.
 
+Many small digests cost more than a few large ones, so a digest may cover the pieces of several heads that its writer
+has: then zeros are in the places of the others. A rank that reads some of these heads only digests them all.
+
 Both ways copy layer by layer and digest what was copied while it is in the processor's cache.
 """
 
@@ -15,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import xxhash
@@ -22,6 +26,10 @@ import xxhash
 from inferflux import failpoints
 from inferflux.kv.arena import Bytes
 from inferflux.kv.digests import DIGEST_BYTES
+
+COVERED_BYTES = 32 << 10
+"""What one digest covers at most, if that is more than a piece: as many as fit the first cache of a core."""
+NONE = bytes(DIGEST_BYTES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +49,7 @@ class BlockShape:
         return self.num_pieces * (self.piece_bytes + DIGEST_BYTES)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Part:
     """What one rank has of every block: the pieces of some layers and of some heads in each."""
 
@@ -58,13 +66,19 @@ class Part:
     def num_bytes(self) -> int:
         return len(self.layers) * len(self.heads) * self.shape.piece_bytes
 
+    @cached_property
+    def num_covered(self) -> int:
+        """Heads that share a digest when this rank writes."""
+        fitting = max(1, COVERED_BYTES // self.shape.piece_bytes)
+        return max(n for n in range(1, len(self.heads) + 1) if n <= fitting and len(self.heads) % n == 0)
+
     def copy_out(self, block: Sequence[Bytes], slot: Bytes) -> None:
         """Copy a block's part, given as the bytes of each layer, into its slot, with the digests of its pieces."""
         self._require_fit(slot)
         digests = _tail(slot, self.shape.num_pieces).data
-        for source, pieces, theirs in zip(block, self._pieces(), self._digests(), strict=True):
+        for source, (pieces, theirs) in zip(block, self._runs(self.heads), strict=True):
             np.copyto(slot[pieces], source)
-            digests[theirs] = self._digest(slot[pieces])
+            digests[theirs] = self._digest(slot[pieces], self.num_covered)
 
     def copy_in(self, slot: Bytes, block: Sequence[Bytes]) -> bytes:
         """Fill a block's part from a slot.
@@ -73,30 +87,33 @@ class Part:
         """
         self._require_fit(slot)
         digests = bytearray(_tail(slot, self.shape.num_pieces))
-        for target, pieces, theirs in zip(block, self._pieces(), self._digests(), strict=True):
-            np.copyto(target, slot[pieces])
+        num_covered = _num_covered(digests, self.shape.num_heads)
+        heads = _widened(self.heads, num_covered)
+        for target, (pieces, theirs) in zip(block, self._runs(heads), strict=True):
+            copy = target if heads == self.heads else np.empty(pieces.stop - pieces.start, np.uint8)
+            np.copyto(copy, slot[pieces])
             if failpoints.ON:
-                failpoints.hit("xfer.read", target)
-            digests[theirs] = self._digest(target)
+                failpoints.hit("xfer.read", copy)
+            digests[theirs] = self._digest(copy, num_covered)
+            if copy is not target:
+                first = (self.heads.start - heads.start) * self.shape.piece_bytes
+                np.copyto(target, copy[first : first + target.size])
         return xxhash.xxh3_128_digest(digests)
 
-    def _pieces(self) -> Iterator[slice]:
-        """Where this part's pieces lie in a slot, layer by layer."""
-        return self._runs(self.shape.piece_bytes)
-
-    def _digests(self) -> Iterator[slice]:
-        """Where their digests lie among all digests."""
-        return self._runs(DIGEST_BYTES)
-
-    def _runs(self, size: int) -> Iterator[slice]:
+    def _runs(self, heads: range) -> Iterator[tuple[slice, slice]]:
+        """Where the pieces of `heads` lie in a slot, and their digests among all digests, layer by layer."""
+        size = self.shape.piece_bytes
         for layer in self.layers:
-            first = layer * self.shape.num_heads + self.heads.start
-            yield slice(first * size, (first + len(self.heads)) * size)
+            first = layer * self.shape.num_heads + heads.start
+            last = first + len(heads)
+            yield slice(first * size, last * size), slice(first * DIGEST_BYTES, last * DIGEST_BYTES)
 
-    def _digest(self, pieces: Bytes) -> bytes:
-        """The digests of pieces that lie one behind the other."""
-        view, size = pieces.data, self.shape.piece_bytes
-        return b"".join([xxhash.xxh3_128_digest(view[at : at + size]) for at in range(0, view.nbytes, size)])
+    def _digest(self, pieces: Bytes, num_covered: int) -> bytes:
+        """The digests of pieces that lie one behind the other, each of `num_covered` of them."""
+        view, size = pieces.data, self.shape.piece_bytes * num_covered
+        parts = [xxhash.xxh3_128_digest(view[at : at + size]) for at in range(0, view.nbytes, size)]
+        padding = NONE * (num_covered - 1)
+        return padding.join(parts) + padding
 
     def _require_fit(self, slot: Bytes) -> None:
         if slot.size != self.shape.slot_bytes:
@@ -122,6 +139,18 @@ def clear(slot: Bytes, num_pieces: int) -> None:
 def slot_digest(slot: Bytes, num_pieces: int) -> bytes:
     """The digest of a slot whose pieces are all there."""
     return xxhash.xxh3_128_digest(_tail(slot, num_pieces).data)
+
+
+def _num_covered(digests: bytearray, num_heads: int) -> int:
+    """How many heads one digest covers, by the zeros behind the first. Wrong digests give some wrong number."""
+    later = (n for n in range(1, num_heads) if digests[n * DIGEST_BYTES : (n + 1) * DIGEST_BYTES] != NONE)
+    num_covered = next(later, num_heads)
+    return num_covered if num_heads % num_covered == 0 else 1
+
+
+def _widened(heads: range, num_covered: int) -> range:
+    """The heads whose digests cover `heads`."""
+    return range(heads.start // num_covered * num_covered, -(-heads.stop // num_covered) * num_covered)
 
 
 def _tail(slot: Bytes, num_pieces: int) -> Bytes:

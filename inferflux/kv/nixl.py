@@ -38,7 +38,7 @@ ENVIRONMENT = {
     "UCX_LOG_LEVEL": "error",  # it warns of whatever a dead peer leaves unfinished
     "UCX_RCACHE_MAX_UNRELEASED": "1024",  # unlimited, deregistered memory piles up
 }
-WINDOW_BYTES = 8 << 20
+WINDOW_BYTES = 1 << 20
 """Bytes read at once; two windows make a reader's buffer."""
 STALL_S = 2.0
 """A window that takes longer than this will not come."""
@@ -53,7 +53,12 @@ Take = Callable[[int, Bytes], None]
 
 def is_installed() -> bool:
     """Whether a NIXL package is there; says nothing of whether it works."""
-    return any(importlib.util.find_spec(name) is not None for name in PACKAGES)
+    return any(_is_there(name) for name in PACKAGES)
+
+
+@cache
+def _is_there(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
 
 
 @cache

@@ -13,6 +13,8 @@ class Capability(StrEnum):
     RESPONSES = "responses"
     MESSAGES = "messages"
     EMBEDDINGS = "embeddings"
+    SCORE = "score"
+    CLASSIFY = "classify"
     VISION = "vision"
     TOOLS = "tools"
     JSON_SCHEMA = "json_schema"
@@ -21,7 +23,8 @@ class Capability(StrEnum):
 
 
 NEED_A_TEMPLATE = frozenset({Capability.CHAT, Capability.RESPONSES, Capability.MESSAGES, Capability.TOOLS})
-GENERATIVE = frozenset(Capability) - {Capability.EMBEDDINGS, Capability.VISION, Capability.LORA}
+POOLING = frozenset({Capability.EMBEDDINGS, Capability.SCORE, Capability.CLASSIFY})
+GENERATIVE = frozenset(Capability) - POOLING - {Capability.VISION, Capability.LORA}
 
 
 def of_generative(*, has_chat_template: bool) -> tuple[str, ...]:

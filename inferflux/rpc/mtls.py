@@ -17,7 +17,7 @@ import grpc
 
 from inferflux.errors import ConfigError
 
-ROLES = ("gateway", "prefill", "decode", "policy", "registry", "guardrails", "operator")
+ROLES = ("gateway", "prefill", "decode", "pooling", "policy", "registry", "guardrails", "operator")
 TRUST_DOMAIN = "inferflux.internal"
 _SPIFFE_PREFIX = f"spiffe://{TRUST_DOMAIN}/role/"
 # Where a kubelet keeps the current version of a Secret's files: all of them change with this one link.

@@ -380,6 +380,7 @@ class KvReport(_message.Message):
     REASON_FIELD_NUMBER: _builtins.int
     NUM_BYTES_FIELD_NUMBER: _builtins.int
     TRANSFER_TIME_FIELD_NUMBER: _builtins.int
+    TRANSPORT_FIELD_NUMBER: _builtins.int
     ticket_id: _builtins.str
     """The ticket."""
     result: Global___KvResult.ValueType
@@ -388,6 +389,8 @@ class KvReport(_message.Message):
     """For KV_RESULT_RECOMPUTED: mac, audience, fingerprint, stale, digest, unreachable, expired."""
     num_bytes: _builtins.int
     """Bytes read."""
+    transport: _builtins.str
+    """How: shm, nixl."""
     @_builtins.property
     def transfer_time(self) -> _duration_pb2.Duration:
         """Time from the load's start to its end."""
@@ -400,10 +403,11 @@ class KvReport(_message.Message):
         reason: _builtins.str = ...,
         num_bytes: _builtins.int = ...,
         transfer_time: _duration_pb2.Duration | None = ...,
+        transport: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["transfer_time", b"transfer_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_bytes", b"num_bytes", "reason", b"reason", "result", b"result", "ticket_id", b"ticket_id", "transfer_time", b"transfer_time"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_bytes", b"num_bytes", "reason", b"reason", "result", b"result", "ticket_id", b"ticket_id", "transfer_time", b"transfer_time", "transport", b"transport"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -32,6 +32,8 @@ class _WorkerRoleEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_WorkerRole
     """Turns prompts into KV cache and a first token."""
     WORKER_ROLE_DECODE: _WorkerRole.ValueType  # 2
     """Turns KV cache into tokens."""
+    WORKER_ROLE_POOLING: _WorkerRole.ValueType  # 3
+    """Turns prompts into vectors and scores: whole answers, without tickets."""
 
 class WorkerRole(_WorkerRole, metaclass=_WorkerRoleEnumTypeWrapper):
     """Which phase of a request a worker computes."""
@@ -42,6 +44,8 @@ WORKER_ROLE_PREFILL: WorkerRole.ValueType  # 1
 """Turns prompts into KV cache and a first token."""
 WORKER_ROLE_DECODE: WorkerRole.ValueType  # 2
 """Turns KV cache into tokens."""
+WORKER_ROLE_POOLING: WorkerRole.ValueType  # 3
+"""Turns prompts into vectors and scores: whole answers, without tickets."""
 Global___WorkerRole: _TypeAlias = WorkerRole  # noqa: Y015
 
 class _WorkerState:

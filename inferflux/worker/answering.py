@@ -134,8 +134,8 @@ class Answerer:
         """Let metrics and the trace see a frame pass."""
         if frame.head is not None:
             record.status = frame.head.status
-        for report in frame.kv:
-            self._note_kv(report, span, sources.get(report.ticket_id))
+        if frame.kv:
+            frame = replace(frame, kv=tuple(self._noted_kv(report, span, sources) for report in frame.kv))
         if frame.end is not None:
             usage, model = frame.end.usage, self._worker.info.model
             metrics.TOKENS.labels("completion", model).inc(usage.completion_tokens)
@@ -143,9 +143,12 @@ class Answerer:
             span.set("gen_ai.usage.output_tokens", usage.completion_tokens)
         return frame
 
-    def _note_kv(self, report: KvReport, span: tracing.Span, source: KvSource | None) -> None:
-        """Count what became of a ticket. `source` None: it never got as far as the engine."""
-        span.past("kv transfer", report.transfer_s, _kv_attributes(report, source))
+    def _noted_kv(self, report: KvReport, span: tracing.Span, sources: Mapping[str, KvSource]) -> KvReport:
+        """Count what became of a ticket, and say how its blocks came."""
+        source = sources.get(report.ticket_id)  # None: it never got as far as the engine
+        if source is not None:
+            report = replace(report, transport=source.transport)
+        span.past("kv transfer", report.transfer_s, _kv_attributes(report))
         if report.result == "recomputed":
             metrics.KV_REJECTED.labels(report.reason).inc()
             _log.warning("kv not used", extra={"ticket_id": report.ticket_id, "reason": report.reason})
@@ -153,6 +156,7 @@ class Answerer:
                 self._worker.paths.lost(source)
         elif report.result == "committed" and source is not None:
             _note_transfer(report, source)
+        return report
 
     def _cancelled(self, args: tuple[object, ...]) -> End:
         """Unless the gateway itself said so, it still waits: what it has must not pass for a whole response."""
@@ -165,15 +169,15 @@ class Answerer:
 
 
 def _note_transfer(report: KvReport, source: KvSource) -> None:
-    metrics.KV_TRANSFER_BYTES.labels(source.transport).inc(report.num_bytes)
-    metrics.KV_TRANSFER_SECONDS.labels(source.transport).observe(report.transfer_s)
+    metrics.KV_TRANSFER_BYTES.labels(report.transport).inc(report.num_bytes)
+    metrics.KV_TRANSFER_SECONDS.labels(report.transport).observe(report.transfer_s)
     if report.transfer_s > 0:
         note_speed(source.path, report.num_bytes, report.transfer_s)
 
 
-def _kv_attributes(report: KvReport, source: KvSource | None) -> tracing.Attributes:
+def _kv_attributes(report: KvReport) -> tracing.Attributes:
     return {
-        "inferflux.kv.transport": source.transport if source is not None else "",
+        "inferflux.kv.transport": report.transport,
         "inferflux.kv.result": report.result,
         "inferflux.kv.reason": report.reason,
         "inferflux.kv.num_bytes": report.num_bytes,

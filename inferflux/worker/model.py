@@ -70,7 +70,7 @@ async def open_model(settings: WorkerSettings, role: Role) -> AsyncIterator[Load
 async def _checked(settings: WorkerSettings, role: Role, stack: ExitStack) -> LoadableModel:
     """Do what `open_model` says; `stack` closes the model's files."""
     if settings.model_dir is None or settings.model_signature is SignaturePolicy.OFF:
-        return _as_it_lies(settings)
+        return _as_it_lies(settings, role)
     try:
         folder = stack.enter_context(ModelFolder.open(settings.model_dir))
         verified = await _verify(folder, settings, role)
@@ -80,14 +80,14 @@ async def _checked(settings: WorkerSettings, role: Role, stack: ExitStack) -> Lo
             raise
         metrics.MODEL_VERIFICATIONS.labels("warned").inc()
         _log.warning("model does not verify", extra={"reason": e.message, "model": settings.model})
-        return _as_it_lies(settings)
+        return _as_it_lies(settings, role)
     metrics.MODEL_VERIFICATIONS.labels("verified").inc()
     if settings.executor == "ray":  # its ranks may be on hosts where our descriptors mean nothing
-        return _verified(settings, folder, verified, settings.model_dir)
+        return _verified(settings, role, folder, verified, settings.model_dir)
     view = settings.run_dir / f"{settings.instance_id}.model"
     stack.callback(shutil.rmtree, view, ignore_errors=True)
     folder.link(view)
-    return _verified(settings, folder, verified, view)
+    return _verified(settings, role, folder, verified, view)
 
 
 async def _verify(folder: ModelFolder, settings: WorkerSettings, role: Role) -> Verified:
@@ -113,18 +113,20 @@ def _check_identity(settings: WorkerSettings, verified: Verified) -> None:
         raise ModelRefused(f"config.json and weights: their digest is {actual}..., {wanted}... was asked for")
 
 
-def _as_it_lies(settings: WorkerSettings) -> LoadableModel:
+def _as_it_lies(settings: WorkerSettings, role: Role) -> LoadableModel:
     folder, able = settings.model_dir, None
-    if folder is not None:
+    if folder is not None and role is not Role.POOLING:  # its engine knows what the model was made for
         able = capabilities.of_generative(has_chat_template=manifest.has_chat_template(folder))
     return LoadableModel(folder, settings.model_digest, settings.numerics_reference, able)
 
 
-def _verified(settings: WorkerSettings, folder: ModelFolder, verified: Verified, path: Path) -> LoadableModel:
+def _verified(
+    settings: WorkerSettings, role: Role, folder: ModelFolder, verified: Verified, path: Path
+) -> LoadableModel:
     reference, signed = settings.numerics_reference, verified.manifest
     if signed is not None and signed.numerics:
         reference = path / signed.numerics
-    able = signed.capabilities if signed else _as_it_lies(settings).capabilities
+    able = signed.capabilities if signed else _as_it_lies(settings, role).capabilities
     digest, key = verified.weights_digest, verified.key_ids[0]
     return LoadableModel(path, digest, reference, able, verified.version, key, folder)
 

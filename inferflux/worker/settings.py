@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from inferflux.config import CommonSettings
-from inferflux.engine.options import MIB, EngineOptions, Parallelism
+from inferflux.engine.options import MIB, EngineOptions, GrammarLimits, Parallelism
 from inferflux.kv import nixl
 from inferflux.models.rules import SignaturePolicy
 from inferflux.types import Role, Transport
@@ -76,6 +76,10 @@ class WorkerSettings(CommonSettings):
     cluster); auto is uniproc for one rank and mp for more."""
     ray_address: str = "auto"
     """Where the Ray cluster is, host:port; auto: a node of it runs on this host."""
+    grammar_cpu_s: int = 2
+    """CPU time that compiling one grammar of structured output (a JSON schema, a regular expression) may take."""
+    grammar_memory_bytes: int = 256 * MIB
+    """Memory that compiling one grammar of structured output may take."""
     max_adapters: int = 0
     """Most LoRA adapters that the engine can hold; 0: none, which computes a little faster."""
     max_adapter_rank: int = 16
@@ -102,15 +106,21 @@ class WorkerSettings(CommonSettings):
             raise ValueError("INFERFLUX_MODEL_DIR: missing")
         if self.kv_transport == "nixl" and not nixl.is_installed():
             raise ValueError("INFERFLUX_KV_TRANSPORT: nixl is not installed: pip install 'inferflux[nixl]'")
+        if not 0 <= self.kv_pinned_share <= 1:
+            raise ValueError(f"INFERFLUX_KV_PINNED_SHARE: {self.kv_pinned_share} is not between 0 and 1")
+        for name in ("grammar_cpu_s", "grammar_memory_bytes"):
+            if (value := getattr(self, name)) < 1:
+                raise ValueError(f"INFERFLUX_{name.upper()}: {value} is not at least 1")
+        parse_cores(self.cpu_cores)
+        self._check_adapters()
+        self._check_parallelism()
+
+    def _check_adapters(self) -> None:
         if not 0 <= self.max_adapters <= MAX_ADAPTERS:
             raise ValueError(f"INFERFLUX_MAX_ADAPTERS: {self.max_adapters} is not from 0 to {MAX_ADAPTERS}")
         if self.max_adapter_rank not in ADAPTER_RANKS:
             ranks = ", ".join(map(str, ADAPTER_RANKS))
             raise ValueError(f"INFERFLUX_MAX_ADAPTER_RANK: {self.max_adapter_rank} is none of {ranks}")
-        if not 0 <= self.kv_pinned_share <= 1:
-            raise ValueError(f"INFERFLUX_KV_PINNED_SHARE: {self.kv_pinned_share} is not between 0 and 1")
-        parse_cores(self.cpu_cores)
-        self._check_parallelism()
 
     def _check_parallelism(self) -> None:
         sizes = {name: getattr(self, name) for name in ("tensor_parallel", "pipeline_parallel", "data_parallel")}
@@ -163,6 +173,7 @@ class WorkerSettings(CommonSettings):
             parallelism=self.parallelism,
             numerics_reference=model.numerics_reference,
             sim_profile=self.sim_profile,
+            grammar_limits=GrammarLimits(self.grammar_cpu_s, self.grammar_memory_bytes),
             max_adapters=self.max_adapters,
             max_adapter_rank=self.max_adapter_rank,
         )

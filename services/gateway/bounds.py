@@ -16,8 +16,11 @@ MAX_TOKENS = (1 << 31) - 1
 MAX_LOGIT_BIASES = 300
 MAX_LOGIT_BIAS = 100
 MAX_STOPS = 64
+MAX_INPUTS = 2048
+"""As in OpenAI's embeddings. Each is a prompt in an engine; scores have two sides."""
 _LENGTHS = ("max_completion_tokens", "max_output_tokens", "max_tokens")
 _COUNTS = ("n", "best_of")
+_INPUTS = ("input", "texts", "inputs", "documents", "text_1", "text_2", "queries", "items", "data_1", "data_2")
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +39,7 @@ def price(document: Mapping[str, Any], max_sequences: int) -> Price:
         raise InvalidRequest(f"prompts times choices are {num_sequences} sequences, the limit is {max_sequences}")
     lengths = [length for name in _LENGTHS if (length := _integer(document, name, 0, MAX_TOKENS)) is not None]
     _integer(document, "min_tokens", 0, MAX_TOKENS)
+    _check_inputs(document)
     _check_logit_bias(document.get("logit_bias"))
     _check_stop(document.get("stop"))
     return Price(num_sequences, lengths[0] if lengths else None)
@@ -55,6 +59,15 @@ def _num_prompts(prompt: object) -> int:
     if not isinstance(prompt, list) or not prompt or isinstance(prompt[0], int):
         return 1
     return len(prompt)
+
+
+def _check_inputs(document: Mapping[str, Any]) -> None:
+    """Bound the texts to embed or score; a list of numbers is one of them, and so is a conversation."""
+    for name in _INPUTS:
+        value = document.get(name)
+        is_conversation = name == "input" and isinstance(value, list) and bool(value) and isinstance(value[0], dict)
+        if not is_conversation and (num_inputs := _num_prompts(value)) > MAX_INPUTS:
+            raise InvalidRequest(f"{name} has {num_inputs} elements, the limit is {MAX_INPUTS}", param=name)
 
 
 def _check_logit_bias(biases: object) -> None:

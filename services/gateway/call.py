@@ -9,13 +9,20 @@ from enum import StrEnum
 
 from inferflux.journal import Journal
 from inferflux.telemetry import tracing
-from inferflux.types import Usage
+from inferflux.types import Role, Usage
 from inferflux.v1 import types_pb2
 from services.gateway.auth import Principal
 from services.gateway.endpoints import Endpoint, Kind
 from services.gateway.guardrails.guard import Guard
 from services.gateway.losses import Losses
 from services.gateway.policy import Policy
+
+# Who may answer a call; what any worker of a model knows, any may.
+_ANSWERERS = {
+    Kind.GENERATE: frozenset({Role.DECODE}),
+    Kind.POOLING: frozenset({Role.POOLING}),
+    Kind.UTILITY: frozenset({Role.DECODE, Role.POOLING}),
+}
 
 
 class Phase(StrEnum):
@@ -62,6 +69,11 @@ class Call:
     def needs_prefill(self) -> bool:
         """Whether the call has a prompt to compute."""
         return self.endpoint.kind is Kind.GENERATE
+
+    @property
+    def answerers(self) -> frozenset[Role]:
+        """The roles of the workers that can answer it."""
+        return _ANSWERERS[self.endpoint.kind]
 
     @property
     def adapter(self) -> str:

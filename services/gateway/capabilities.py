@@ -14,7 +14,7 @@ from inferflux.models.capabilities import Capability
 from inferflux.telemetry import metrics
 from services.gateway.views import Model
 
-_POOLING = ("/v1/embeddings", "/v2/embed", "/v1/score", "/score", "/v1/rerank", "/v2/rerank", "/rerank")
+_SCORE = ("/v1/score", "/score", "/v1/rerank", "/v2/rerank", "/rerank")
 _BY_PATH = {
     "/v1/chat/completions": Capability.CHAT,
     "/v1/chat/completions/render": Capability.CHAT,
@@ -25,9 +25,10 @@ _BY_PATH = {
     "/v1/messages": Capability.MESSAGES,
     "/v1/messages/render": Capability.MESSAGES,
     "/v1/messages/count_tokens": Capability.MESSAGES,
-    **dict.fromkeys((*_POOLING, "/classify", "/pooling"), Capability.EMBEDDINGS),
+    **dict.fromkeys(("/v1/embeddings", "/v2/embed", "/pooling"), Capability.EMBEDDINGS),
+    **dict.fromkeys(_SCORE, Capability.SCORE),
+    "/classify": Capability.CLASSIFY,
 }
-_SCHEMA_FIELDS = ("structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar")
 _IMAGE_PARTS = frozenset({"image_url", "input_image", "image"})
 _OUTPUT_LIMITS = ("max_completion_tokens", "max_output_tokens", "max_tokens")
 MAX_CONTEXT = "max_context"
@@ -87,7 +88,7 @@ def _schema_field(document: Mapping[str, Any]) -> str:
     for name, value in (("response_format", document.get("response_format")), ("text", of_text)):
         if _is_map(value) and value.get("type") not in (None, "text"):
             return name
-    return next((name for name in _SCHEMA_FIELDS if document.get(name)), "")
+    return "structured_outputs" if document.get("structured_outputs") else ""
 
 
 def _has_image(messages: object) -> bool:

@@ -44,7 +44,7 @@ def guess(call: Call, price: Price, limits: Limits) -> Cost:
     if call.is_recalled:
         return Cost()
     prompt_tokens = -(-len(call.http.body) // BYTES_PER_TOKEN)
-    if call.endpoint.kind is Kind.UTILITY:
+    if call.endpoint.kind is not Kind.GENERATE:
         return Cost(1, prompt_tokens)
     per_sequence = price.max_tokens if price.max_tokens is not None else limits.section.assumed_output_tokens
     return Cost(1, prompt_tokens, price.num_sequences * per_sequence)

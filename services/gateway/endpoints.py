@@ -15,9 +15,13 @@ __all__ = ["ENDPOINTS", "Dialect", "Endpoint", "Kind", "Scope"]
 
 
 class Kind(StrEnum):
-    """GENERATE computes a prompt and then tokens: prefill, then decode. UTILITY is one call to a decode worker."""
+    """GENERATE computes a prompt and then tokens: prefill, then decode. The others are one call to one worker.
+
+    POOLING computes prompts whose result is the answer, on a pooling worker; UTILITY is what any worker knows.
+    """
 
     GENERATE = "generate"
+    POOLING = "pooling"
     UTILITY = "utility"
 
 
@@ -57,13 +61,16 @@ _GENERATE = {
     "/v1/completions": Texts(_PROMPTS, CHOICES),
     "/v1/responses": Texts(("input",), RESPONSE),
 }
-_RERANK = (*_PROMPTS, "query", "documents", "text_1", "text_2")
+_SIDES = ("text_1", "text_2", "queries", "items", "data_1", "data_2")
+_RERANK = (*_PROMPTS, "query", "documents", *_SIDES)
 _UTILITY = {
     "/tokenize": Texts(_PROMPTS),
     "/detokenize": Texts(),  # tokens are all it takes; what they say is in its answer
     "/v1/chat/completions/render": Texts(),
     "/v1/completions/render": Texts(_PROMPTS),
     "/v1/responses/render": Texts(("input",)),
+}
+_POOLING = {
     "/v1/embeddings": Texts(_PROMPTS),
     "/v2/embed": Texts((*_PROMPTS, "texts")),
     "/v1/score": Texts(_RERANK),
@@ -80,6 +87,7 @@ ENDPOINTS: dict[str, Endpoint] = {
     for endpoint in (
         *(Endpoint(path, Kind.GENERATE, texts) for path, texts in _GENERATE.items()),
         *(Endpoint(path, Kind.UTILITY, texts) for path, texts in _UTILITY.items()),
+        *(Endpoint(path, Kind.POOLING, texts) for path, texts in _POOLING.items()),
         Endpoint("/v1/messages", Kind.GENERATE, Texts(stream=MESSAGE), Dialect.ANTHROPIC),
         Endpoint("/v1/messages/count_tokens", Kind.UTILITY, Texts(), Dialect.ANTHROPIC),
         Endpoint("/v1/messages/render", Kind.UTILITY, Texts(), Dialect.ANTHROPIC),

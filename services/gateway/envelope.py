@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from inferflux.errors import BodyTooLarge, InvalidRequest, RequestTimeout
-from services.gateway import bounds, capabilities, media, strict_json
+from services.gateway import bounds, capabilities, media, schemas, strict_json
 from services.gateway.asgi import ClientGone, Headers, Receive
 from services.gateway.bounds import Price
 from services.gateway.capabilities import Wants
@@ -24,13 +24,15 @@ SLOWEST_BODY_BYTES_PER_S = 16 * 1024
 class BodyLimits:
     """`grace_s`: a body may be silent this long in all, plus the time its bytes earn at the slowest rate.
 
-    `max_sequences`: prompts times choices of one request.
+    `max_sequences`: prompts times choices of one request. `max_schema_bytes`: of all its schemas together.
     """
 
     max_bytes: int = 32 << 20
     max_depth: int = 64
     grace_s: float = 10.0
     max_sequences: int = 128
+    max_schema_bytes: int = 256 << 10
+    max_schema_depth: int = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +90,7 @@ def parse(body: bytes, limits: BodyLimits) -> Envelope:
     if document.get("cache_salt") is not None:
         raise InvalidRequest("cache_salt is not a client's to choose: caches are a tenant's own", param="cache_salt")
     media.refuse_addresses(body, document)
+    schemas.check(document, limits.max_schema_bytes, limits.max_schema_depth)
     return Envelope(model, bounds.price(document, limits.max_sequences), capabilities.read(document))
 
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 import random
+import re
+from contextlib import suppress
 from typing import Any
 
 import orjson
 
 from inferflux.errors import InferfluxError, Internal, InvalidRequest, LimitExceeded
+from inferflux.types import HttpAnswer, HttpHead
 from services.gateway.asgi import RawHeaders
 from services.gateway.endpoints import Dialect
 
@@ -23,6 +26,11 @@ _ANTHROPIC_TYPES = {
     503: "overloaded_error",
     504: "timeout_error",
 }
+
+
+# How the application of vLLM begins an event stream when it has refused the request.
+_REFUSAL = re.compile(rb'(?:id: 0\n)?(?:event: error\n)?data: (\{(?:"type": ?"error", ?)?"error": ?\{[^\n]*)')
+_JSON = ("content-type", "application/json")
 
 
 class MethodNotAllowed(InvalidRequest):
@@ -52,6 +60,43 @@ def document(error: InferfluxError, dialect: Dialect, request_id: str) -> dict[s
         return {"type": "error", "error": inner, "request_id": request_id}
     kind, code = _openai_type(error.http_status), error.reason.lower()
     return {"error": {"message": error.message, "type": kind, "param": error.param, "code": code}}
+
+
+def translated(answer: HttpAnswer, dialect: Dialect, request_id: str) -> HttpAnswer:
+    """Put an error of a worker's application into the shape of all errors; what it says of itself (5xx) is left out."""
+    status, said = answer.head.status, _said(answer.body)
+    message = str(said.get("message") or "") if status < 500 else ""
+    message = message or f"the model's application answered with status {status}"
+    if dialect is Dialect.ANTHROPIC:
+        inner: dict[str, Any] = {"type": _anthropic_type(status), "message": message}
+        told: dict[str, Any] = {"type": "error", "error": inner, "request_id": request_id}
+    else:
+        param = said.get("param")
+        inner = {"message": message, "type": _openai_type(status), "param": param if isinstance(param, str) else None}
+        told = {"error": {**inner, "code": _code(status)}}
+    others = tuple(pair for pair in answer.head.headers if pair[0] != "content-type")
+    return HttpAnswer(HttpHead(status, (*others, _JSON)), orjson.dumps(told))
+
+
+def refusal(data: bytes) -> HttpAnswer | None:
+    """Return the answer that an event stream should have been which begins with an error; None: it doesn't."""
+    if (match := _REFUSAL.match(data)) is None:
+        return None
+    code = _said(match[1]).get("code")
+    status = code if type(code) is int and 400 <= code <= 599 else InvalidRequest.http_status
+    return HttpAnswer(HttpHead(status, (_JSON,)), match[1])
+
+
+def _said(body: bytes) -> dict[str, Any]:
+    with suppress(orjson.JSONDecodeError):
+        document = orjson.loads(body)
+        if isinstance(document, dict) and isinstance(error := document.get("error"), dict):
+            return error
+    return {}
+
+
+def _code(status: int) -> str:
+    return "not_found" if status == 404 else "invalid_request" if status < 500 else "internal"
 
 
 def headers(error: InferfluxError) -> RawHeaders:

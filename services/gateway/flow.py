@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 
 from inferflux import failpoints
-from inferflux.errors import DeadlineExceeded, InferfluxError
+from inferflux.errors import DeadlineExceeded, InferfluxError, InvalidRequest
 from inferflux.types import HttpAnswer
 from services.gateway.call import Call, Phase
 from services.gateway.pool import Pool, Route
@@ -67,8 +67,8 @@ async def prefill(call: Call, route: Route, pool: Pool) -> Tickets | HttpAnswer:
         try:
             with call.span("prefill") as span:
                 return await route.prefill.prefill(call, span)
-        except DeadlineExceeded:
-            raise
+        except (DeadlineExceeded, InvalidRequest):
+            raise  # another worker would say the same
         except InferfluxError as e:
             _log.warning("prefill failed", extra={"worker": call.prefill_worker, "reason": e.reason})
             pool.reroute_prefill(call, route, e)

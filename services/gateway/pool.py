@@ -231,6 +231,7 @@ class Pool:
         return routing.Question(
             model=call.parent or call.model,
             adapter=call.adapter,
+            answerers=call.answerers,
             needs_prefill=call.needs_prefill,
             avoided=frozenset(losses.workers),
             turn=next(self._turns),
@@ -290,7 +291,7 @@ class Pool:
 
     def _expects_decode(self) -> bool:
         workers = self._view.workers if self._view else ()
-        return any(worker.role is Role.DECODE and worker.state is State.READY for worker in workers)
+        return any(worker.role is not Role.PREFILL and worker.state is State.READY for worker in workers)
 
     async def watch_hearts(self) -> None:
         """Give up streams that went silent; run until cancelled."""

@@ -74,8 +74,8 @@ class Tickets:
         if report.result == "recomputed":
             metrics.KV_REJECTED.labels(report.reason or "other").inc()
         elif report.result == "committed":
-            metrics.KV_TRANSFER_BYTES.labels("shm").inc(report.num_bytes)
-            metrics.KV_TRANSFER_SECONDS.labels("shm").observe(report.transfer_s)
+            metrics.KV_TRANSFER_BYTES.labels(report.transport).inc(report.num_bytes)
+            metrics.KV_TRANSFER_SECONDS.labels(report.transport).observe(report.transfer_s)
         if report.ticket_id in self._held:
             self._held.discard(report.ticket_id)
             self._give_back({report.ticket_id}, report.result)

@@ -49,6 +49,7 @@ class Reply:
         self._headers = headers
         self._write_now = write_now
         self._held: list[bytes] = []
+        self._refusal: HttpAnswer | None = None
         self._guard: OutputGuard | None = None
 
     def guard(self, guard: OutputGuard) -> None:
@@ -68,6 +69,7 @@ class Reply:
     def begin(self) -> None:
         """Forget what a worker said that was lost before the client heard any of it."""
         self._held.clear()
+        self._refusal = None
 
     async def write(self, head: HttpHead | None, data: bytes) -> None:
         """Take the next bytes of the body of a worker's response."""
@@ -79,6 +81,9 @@ class Reply:
             self.num_bytes += len(data)
             await self._send({"type": "http.response.body", "body": data, "more_body": True})
         elif head is not None and is_event_stream(head):
+            self._refusal = self._refusal or failures.refusal(data)
+            if self._refusal is not None:
+                return  # whatever the stream could still say after it
             self.is_streaming, self._head = True, head
             await self._start(head, _SSE_HEADERS)
             await self.write(head, data)
@@ -99,6 +104,8 @@ class Reply:
         """End the response of a worker that has sent everything. Raises Internal when that is nothing."""
         if self.is_streaming:
             await self._end(await self._passed(self._guard.finish()) if self._guard is not None else b"")
+        elif self._refusal is not None:
+            await self.answer(self._refusal)
         elif head is None or is_event_stream(head):
             raise Internal("the worker ended the request without an answer")
         else:
@@ -114,6 +121,10 @@ class Reply:
         """Send a complete response of a worker. Raises Internal when another one has begun differently."""
         if self.has_started:
             raise losses.not_continued()
+        if is_event_stream(answer.head):
+            answer = failures.refusal(answer.body) or answer
+        if answer.head.status >= 400:
+            answer = failures.translated(answer, self.dialect, self._request_id)
         if self._guard is not None:
             answer = await self._allowed(self._guard, answer)
         await self._start(answer.head, [(b"content-length", str(len(answer.body)).encode())])

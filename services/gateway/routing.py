@@ -17,6 +17,7 @@ from services.gateway.views import Worker
 # guess: how many queued prompt tokens delay a new prompt as much as one more request in front of it.
 TOKENS_PER_REQUEST = 512
 IDLE = Pulse("", State.READY)
+_PREFILL = frozenset({Role.PREFILL})
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +59,7 @@ class Question:
 
     `avoided`: workers to use only when there is no other. `is_begun`: it has been admitted before and lost its worker.
     `is_suspect`: a worker may have died of it, so it goes where no other such request is, if it can; if `is_on_trial`,
-    nowhere else. `adapter`: that the workers must hold.
+    nowhere else. `adapter`: that the workers must hold. `answerers`: roles of the workers that can answer it.
     """
 
     model: str
@@ -69,6 +70,7 @@ class Question:
     is_begun: bool = False
     is_suspect: bool = False
     is_on_trial: bool = False
+    answerers: frozenset[Role] = frozenset({Role.DECODE})
     adapter: str = ""
 
 
@@ -97,18 +99,18 @@ class Plan:
 def plan(question: Question, candidates: Sequence[Candidate], local: LocalPrefill = LocalPrefill()) -> Plan:
     """Choose the workers of a request.
 
-    Raises NoWorker when no decode worker can take it, KvTransportDegraded when none may compute its prompt.
+    Raises NoWorker when no worker can answer it, KvTransportDegraded when none may compute its prompt.
     """
-    decode, verdicts = _choose(Role.DECODE, candidates, question, reader=None)
+    decode, verdicts = _choose(question.answerers, candidates, question, reader=None)
     if decode is None:
-        name = question.adapter or question.model
-        raise NoWorker(f"no decode worker is ready for model {name!r}", retry_after_s=1)
+        name, wanted = question.adapter or question.model, " or ".join(sorted(question.answerers))
+        raise NoWorker(f"no {wanted} worker is ready for model {name!r}", retry_after_s=1)
     decode_id = decode.worker.worker_id
     if not question.needs_prefill:
         return Plan(decode_id, None, verdicts)
     if why_local := _why_local(question, local):
         return Plan(decode_id, None, verdicts, why_local)
-    prefill, more = _choose(Role.PREFILL, candidates, question, reader=decode.worker)
+    prefill, more = _choose(_PREFILL, candidates, question, reader=decode.worker)
     if prefill is not None:
         return Plan(decode_id, prefill.worker.worker_id, verdicts + more)
     if not question.is_begun:
@@ -129,7 +131,7 @@ def require_local(decode: Candidate, local: LocalPrefill) -> None:
 
 def another_prefill(question: Question, candidates: Sequence[Candidate], reader: Worker) -> str | None:
     """Choose a prefill worker for a request that keeps its decode worker, among those that it need not avoid."""
-    prefill, _ = _choose(Role.PREFILL, candidates, question, reader)
+    prefill, _ = _choose(_PREFILL, candidates, question, reader)
     return prefill.worker.worker_id if prefill and prefill.worker.worker_id not in question.avoided else None
 
 
@@ -140,9 +142,9 @@ def _why_local(question: Question, local: LocalPrefill) -> str:
 
 
 def _choose(
-    role: Role, candidates: Iterable[Candidate], question: Question, reader: Worker | None
+    roles: frozenset[Role], candidates: Iterable[Candidate], question: Question, reader: Worker | None
 ) -> tuple[Candidate | None, tuple[Verdict, ...]]:
-    pool = [candidate for candidate in candidates if candidate.worker.role is role]
+    pool = [candidate for candidate in candidates if candidate.worker.role in roles]
     objections = [(candidate, objection(candidate, question, reader)) for candidate in pool]
     # When every worker is silent, the silence is more likely ours; and a worker that failed is better than none.
     for preference in (_silence, _bad_memory(question)):

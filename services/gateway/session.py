@@ -26,7 +26,7 @@ from inferflux.errors import Draining, InferfluxError, Internal, SlowConsumer, W
 from inferflux.rpc.client import error_of, translated_errors
 from inferflux.telemetry import metrics
 from inferflux.telemetry.tracing import Span
-from inferflux.types import End, HttpHead, KvReport, Role, Usage, end_from_proto, kv_from_proto
+from inferflux.types import End, HttpHead, KvReport, Usage, end_from_proto, kv_from_proto
 from inferflux.v1 import decode_service_pb2 as pb
 from inferflux.v1.decode_service_pb2_grpc import DecodeServiceStub
 from services.gateway.asgi import WriteNow
@@ -184,9 +184,7 @@ class TokenStream:
 
 
 class DecodeSession(Link):
-    """The stream to one decode worker."""
-
-    role = Role.DECODE
+    """The stream to one worker that answers: a decode worker, or a pooling worker."""
 
     def __init__(
         self,
@@ -200,6 +198,7 @@ class DecodeSession(Link):
         has_event_ids: bool = True,
     ) -> None:
         super().__init__(worker, channel, heart, inquest)
+        self.role = worker.role
         self.loop = asyncio.get_running_loop()
         self.max_buffered_bytes = max_buffered_bytes
         self.has_event_ids = has_event_ids

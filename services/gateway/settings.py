@@ -30,6 +30,10 @@ class Settings(CommonSettings):
     """Deepest nesting of a request body; more is answered 400."""
     max_sequences: int = 128
     """Most sequences of one request, prompts times choices; more is answered 400."""
+    max_schema_bytes: int = 256 * 1024
+    """Most bytes of the schemas, grammars and tools of one request together; more is answered 400."""
+    max_schema_depth: int = 32
+    """Deepest nesting of a JSON schema; more is answered 400."""
     max_header_bytes: int = 32 * 1024
     """Largest request line and headers together; more is answered 431."""
     max_headers: int = 100
@@ -103,4 +107,11 @@ class Settings(CommonSettings):
     @property
     def body_limits(self) -> BodyLimits:
         """The limits of request bodies."""
-        return BodyLimits(self.max_body_bytes, self.max_json_depth, self.slow_client_s, self.max_sequences)
+        return BodyLimits(
+            self.max_body_bytes,
+            self.max_json_depth,
+            self.slow_client_s,
+            self.max_sequences,
+            self.max_schema_bytes,
+            self.max_schema_depth,
+        )

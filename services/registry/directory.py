@@ -34,6 +34,8 @@ log = logging.getLogger(__name__)
 LEASE_S = 3.0
 TICK_S = 0.5
 MIRROR_S = 1.0
+LONELY_S = 5.0
+"""How often a replica without others looks whether the store still has what it wrote: who joins is announced."""
 MAX_BACKOFF_S = 1.0
 FORGET_S = 60.0
 """A roster that has not changed for so long belongs to a replica that is gone."""
@@ -176,7 +178,7 @@ class Directory:
                     self._note(is_up=True)
                     backoff_s = 0.05
                     while True:
-                        await wait(until_tick(MIRROR_S))
+                        await wait(until_tick(MIRROR_S if self._sightings else LONELY_S))
                         await self._read()
             except Unavailable as e:
                 self._note(is_up=False, reason=e.message)

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from inferflux.errors import InvalidRequest, NotFound
+from inferflux.models.capabilities import POOLING
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@+-]{0,127}")
 
@@ -36,6 +37,11 @@ class Model:
     def __post_init__(self) -> None:
         if not NAME.fullmatch(self.name):
             raise InvalidRequest("model name must be 1 to 128 of A-Z a-z 0-9 . _ : / @ + -", param="model")
+
+    @property
+    def is_pooling(self) -> bool:
+        """Whether it does nothing but pooling: it can't answer a question."""
+        return bool(self.capabilities) and POOLING.issuperset(self.capabilities)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -90,11 +96,14 @@ class ModelBook:
         return ModelBook(max(memory.revision + 1, now_ms), {**self.models, **memory.models})
 
     def listed(self, served: Iterable[str]) -> tuple[Model, ...]:
-        """List the records by name, exactly one of them the default: if nobody chose one, the oldest that is served."""
+        """List the records by name, exactly one of them the default: if nobody chose one, the oldest that is served.
+
+        A model that only turns text into numbers is nobody's default while there is another.
+        """
         models = [self.models[name] for name in sorted(self.models)]
         if models and not any(model.is_default for model in models):
             names = set(served)
-            first = min(models, key=lambda model: (model.name not in names, model.created_at_ms))
+            first = min(models, key=lambda model: (model.is_pooling, model.name not in names, model.created_at_ms))
             models = [replace(model, is_default=model is first) for model in models]
         return tuple(models)
 

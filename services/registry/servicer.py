@@ -27,7 +27,7 @@ from services.registry.workers import HeldAdapter, Worker
 log = logging.getLogger(__name__)
 
 SERVICE = "/inferflux.v1.RegistryService/"
-WORKERS = frozenset({"prefill", "decode"})
+WORKERS = frozenset(Role)
 ADMINISTRATORS = frozenset({"operator", "gateway"})
 OPERATOR = frozenset({"operator"})
 CALLERS = {

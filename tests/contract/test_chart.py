@@ -17,6 +17,7 @@ from inferflux.policy.signature import KEY_FILE, PUBLIC_FILE, public_key
 from inferflux.rpc.mtls import ROLES
 from inferflux.worker.settings import WorkerSettings
 from services.gateway.settings import Settings as GatewaySettings
+from services.guardrails.__main__ import Settings as GuardrailSettings
 from services.policy.__main__ import Settings as PolicySettings
 from services.registry.__main__ import Settings as RegistrySettings
 from services.registry.planner.spec import PoolSpec
@@ -29,6 +30,7 @@ SETTINGS = {
     "gateway": GatewaySettings,
     "policy": PolicySettings,
     "registry": RegistrySettings,
+    "guardrails": GuardrailSettings,
     "prefill": WorkerSettings,
     "decode": WorkerSettings,
 }
@@ -36,6 +38,7 @@ GRPC, OPS, HTTP, REDIS = 50051, 9090, 8080, 6379
 WIRES = {
     ("gateway", "policy", GRPC),
     ("gateway", "registry", GRPC),
+    ("gateway", "guardrails", GRPC),
     ("gateway", "prefill", GRPC),
     ("gateway", "decode", GRPC),
     ("prefill", "registry", GRPC),
@@ -67,7 +70,7 @@ def test_lint_is_strict_and_silent() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("overlay", ["laptop", "gpu", "ha"])
+@pytest.mark.parametrize("overlay", ["laptop", "guardrails", "gpu", "ha"])
 def test_pods_meet_the_restricted_standard(overlay: str) -> None:
     """All of them, with a read-only root, and only a planner that acts has a token of the API."""
     for name, pod in pods(overlay).items():
@@ -88,7 +91,7 @@ def test_rdma_is_the_only_exception() -> None:
         )
 
 
-@pytest.mark.parametrize("overlay", ["laptop", "gpu"])
+@pytest.mark.parametrize("overlay", ["laptop", "guardrails", "gpu"])
 def test_nobody_may_connect_but_who_must(overlay: str) -> None:
     """The wires of the cluster are allowed, all others denied; workers reach nothing outside."""
     policies = of_kind(overlay, "NetworkPolicy")
@@ -125,6 +128,7 @@ def test_each_process_gets_its_own_keys_and_no_others(overlay: str) -> None:
         "gateway": {"pepper.key", "tenant.key", "snapshot.pub", "ops.token"},
         "policy": {"pepper.key", "snapshot.key", "store.key", "ops.token", "redis.url", "api-keys"},
         "registry": {"ops.token", "redis.url"},
+        "guardrails": {"ops.token"},
         "prefill": {"ticket.key", "ops.token"},
         "decode": {"ticket.key", "ops.token"},
     }

@@ -1,10 +1,9 @@
-"""What lies in deploy/ beside the chart agrees with the product: alerts, Compose files, lock files, generated pages."""
+"""What lies in deploy/ beside the chart agrees with the product: Compose files, lock files, generated pages."""
 
 from __future__ import annotations
 
 import json
 import re
-import shutil
 import subprocess
 import sys
 import zipfile
@@ -14,42 +13,15 @@ from typing import Any
 import pytest
 import yaml
 from jsonschema import Draft7Validator
-from prometheus_client import Metric
 
 from inferflux.config import env_name
-from inferflux.telemetry import metrics
 from tests.contract.test_chart import SETTINGS
 from tests.support import kube_tools
 from tests.support.kube_tools import download
 
 REPOSITORY = Path(__file__).parents[2]
 DOCKER = REPOSITORY / "deploy" / "docker"
-ALERTS = REPOSITORY / "deploy" / "helm" / "inferflux" / "files" / "alerts.yaml"
 COMPOSE = ("docker-compose.yml", "docker-compose.gpu.yml", "docker-compose.sim.yml")
-SUFFIXES = ("_total", "_bucket", "_sum", "_count")
-
-
-def known_metrics() -> set[str]:
-    families: list[Metric] = list(metrics.REGISTRY.collect())
-    return {family.name for family in families}
-
-
-def test_alerts_speak_of_metrics_that_exist() -> None:
-    """Each name in an expression is one of ours; each alert says what happened and how bad it is.
-
-    Where there is Prometheus, its promtool reads them too.
-    """
-    if promtool := shutil.which("promtool"):
-        subprocess.run([promtool, "check", "rules", "--lint=all", str(ALERTS)], check=True, timeout=60)
-    rules = yaml.safe_load(ALERTS.read_text())["groups"][0]["rules"]
-    known = known_metrics()
-    for rule in rules:
-        names = set(re.findall(r"\binferflux_[a-z_]+", rule["expr"]))
-        bases = {name for name in names for suffix in ("", *SUFFIXES) if name.removesuffix(suffix) in known}
-        assert names, rule["alert"]
-        assert names == bases, rule["alert"]
-        assert rule["labels"]["severity"] in {"warning", "critical"}
-        assert rule["annotations"].keys() == {"summary", "description"}
 
 
 @pytest.mark.parametrize("name", COMPOSE)

@@ -24,6 +24,13 @@ CHART = REPOSITORY / "deploy" / "helm" / "inferflux"
 START_S = 30.0
 STOP_S = 60.0
 TIMEOUT_S = 240.0
+CLAIM = {
+    "apiVersion": "v1",
+    "kind": "PersistentVolumeClaim",
+    "metadata": {"name": "inferflux-run"},
+    "spec": {"accessModes": ["ReadWriteOnce"], "resources": {"requests": {"storage": "16Mi"}}},
+}
+"""Where the workers of ci/sim-values.yaml share sockets."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,16 +141,19 @@ def _namespace(found: Cluster) -> Iterator[None]:
 
 
 def containers(directory: Path) -> dict[int, str]:
-    """The processes of this machine that a fake cluster in `directory` has started: their commands by id."""
+    """The processes of this machine that a fake cluster in `directory` has started: their commands by id.
+
+    Known by their root, which lies there; an environment may be overwritten by a process's title.
+    """
     found = {}
     for process in Path("/proc").iterdir():
         if process.name.isdecimal():
             try:
                 command = (process / "cmdline").read_bytes()
-                environ = (process / "environ").read_bytes()
+                mounts = (process / "mountinfo").read_text()
             except OSError:
                 continue
-            if f"{directory}/bin:".encode() in environ:
+            if f"={directory}/" in mounts:
                 found[int(process.name)] = command.replace(b"\0", b" ").decode()
     return found
 

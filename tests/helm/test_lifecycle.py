@@ -19,7 +19,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.helm.cluster import CHART, Cluster, cluster, containers, until
+from tests.helm.cluster import CHART, CLAIM, Cluster, cluster, containers, until
 from tests.helm.sockets import listening
 
 pytestmark = [pytest.mark.timeout(300)]
@@ -28,12 +28,7 @@ FULL = f"{RELEASE}-inferflux"
 COMPONENTS = ("gateway", "policy", "registry", "prefill", "decode")
 OPS = 9090
 WAIT_S = 120.0
-CLAIM = {
-    "apiVersion": "v1",
-    "kind": "PersistentVolumeClaim",
-    "metadata": {"name": "inferflux-run"},
-    "spec": {"accessModes": ["ReadWriteOnce"], "resources": {"requests": {"storage": "16Mi"}}},
-}
+GUARDRAILS = ("--values", str(CHART / "ci" / "guardrails-values.yaml"))
 
 
 @dataclass
@@ -104,10 +99,9 @@ def test_nothing_listens_but_what_the_chart_says(kube: Cluster) -> None:
     }
     assert listening(containers(kube.directory)) == wanted
 
-    token = base64.b64decode(kube.get("secret", f"{FULL}-keys")["data"]["ops.token"]).decode()
     for address in {address for address, port in wanted if port == OPS}:
         assert _scrape(address, "wrong").status_code == 401
-        assert "inferflux_" in _scrape(address, token).text
+        assert "inferflux_" in _metrics(kube, address)
 
 
 @pytest.mark.parametrize("role", ["decode", "prefill"])
@@ -123,26 +117,62 @@ def test_each_pool_scales_by_itself(kube: Cluster, load: Load, role: str) -> Non
     assert _names(kube.pods(other)) == others
 
 
-def test_certificates_are_renewed_without_a_restart(kube: Cluster, load: Load, values: list[str]) -> None:
-    """An upgrade that renews them restarts nothing; old and new processes then talk with new ones."""
+def test_certificates_and_pools_change_without_a_restart(kube: Cluster, load: Load, values: list[str]) -> None:
+    """An upgrade restarts nothing: processes talk with new certificates, and the planner knows of a pool."""
     before, certificate = _uids(kube), _certificate(kube)
-    kube.helm("upgrade", RELEASE, str(CHART), *values, "--set-string", "tls.rotation=2", "--wait")
+    changes = ["--set-string", "tls.rotation=2", "--set", "pools[0].decode.planner.maxReplicas=3"]
+    kube.helm("upgrade", RELEASE, str(CHART), *values, *changes, "--wait")
+    until(lambda: _pools_read(kube) == [["decode/sim-model"]], WAIT_S, lambda: f"pools read: {_pools_read(kube)}")
     assert _certificate(kube) != certificate
     assert _uids(kube) == before
     _scale(kube, f"{FULL}-sim-decode", 2)
     _scale(kube, f"{FULL}-sim-decode", 1)
 
 
+def test_guardrail_workers_come_and_judge(kube: Cluster, load: Load, values: list[str]) -> None:
+    """An upgrade brings them, and gateways that ask them."""
+    kube.helm("upgrade", RELEASE, str(CHART), *values, *GUARDRAILS, "--wait", "--timeout", "120s")
+    assert len(_ready(kube, "guardrails")) == 1
+    if kube.is_fake:
+        rule = {"name": "rude", "kind": "profanity", "action": "block", "deadline_ms": 2000}
+        body = {"text": "you stupid asshole, go to hell", "guardrails": {"rules": [rule]}}
+        until(
+            lambda: _try_guardrails(kube, body)["action"] == "block", WAIT_S, lambda: str(_try_guardrails(kube, body))
+        )
+
+
+def test_green_pools_take_over_from_blue_ones(kube: Cluster, load: Load, values: list[str]) -> None:
+    """Workers of two kinds serve one model side by side, then green ones alone; a rollback brings the others back."""
+    both = [*values, "--values", str(CHART / "ci" / "green-values.yaml")]
+    no_blue = [part for role in ("prefill", "decode") for part in ("--set", f"pools[0].{role}.replicas=0")]
+    kube.helm("upgrade", RELEASE, str(CHART), *both, "--wait", "--timeout", "120s")
+    assert len(_ready(kube, "decode")) == 2
+    kube.helm("upgrade", RELEASE, str(CHART), *both, *no_blue, "--wait", "--timeout", "120s")
+    _settle(kube)
+    assert {pod["metadata"]["labels"]["inferflux.io/pool"] for pod in kube.pods("decode")} == {"green"}
+    assert f"of KV went from {FULL}-green-prefill" in kube.helm("test", RELEASE, "--logs", "--timeout", "120s")
+
+    kube.helm("rollback", RELEASE, "--wait", "--timeout", "120s")
+    kube.helm("upgrade", RELEASE, str(CHART), *values, "--wait", "--timeout", "120s")
+    _settle(kube)
+    assert {pod["metadata"]["labels"]["inferflux.io/pool"] for pod in kube.pods("decode")} == {"sim"}
+
+
 def test_upgrade_replaces_every_pod(kube: Cluster, load: Load, values: list[str]) -> None:
-    """All of ours are new afterwards."""
+    """All of ours are new afterwards; meanwhile KV passes only between workers of the same blocks."""
     before = _uids(kube)
     changed = [f"{c}.podAnnotations.release" for c in ("gateway", "policy", "registry")]
     changed += [f"pools[0].{role}.podAnnotations.release" for role in ("prefill", "decode")]
     options = [part for name in changed for part in ("--set-string", f"{name}=new")]
+    options += ["--set", "pools[0].blockSize=32"]
     kube.helm("upgrade", RELEASE, str(CHART), *values, *options, "--wait", "--timeout", "180s")
     _settle(kube)
 
     assert not _uids(kube) & before
+    assert f"of KV went from {FULL}-sim-prefill" in kube.helm("test", RELEASE, "--logs", "--timeout", "120s")
+    if kube.is_fake:
+        (decode,) = kube.pods("decode")
+        assert 'inferflux_kv_rejected_total{reason="fingerprint"}' not in _metrics(kube, decode["status"]["podIP"])
 
 
 def test_rollback_replaces_every_pod_again(kube: Cluster, load: Load) -> None:
@@ -206,6 +236,23 @@ def _load_pod(kube: Cluster) -> list[dict[str, Any]]:
 
 def _scrape(address: str, token: str) -> httpx.Response:
     return httpx.get(f"http://{address}:{OPS}/metrics", headers={"authorization": f"Bearer {token}"}, timeout=10)
+
+
+def _metrics(kube: Cluster, address: str) -> str:
+    token = base64.b64decode(kube.get("secret", f"{FULL}-keys")["data"]["ops.token"]).decode()
+    return _scrape(address, token).text
+
+
+def _try_guardrails(kube: Cluster, body: dict[str, Any]) -> Any:
+    key = base64.b64decode(kube.get("secret", f"{FULL}-api-keys")["data"]["key"]).decode()
+    url = f"http://{kube.get('service', FULL)['spec']['clusterIP']}/v1/admin/guardrails/test"
+    return httpx.post(url, json=body, headers={"authorization": f"Bearer {key}"}, timeout=10).raise_for_status().json()
+
+
+def _pools_read(kube: Cluster) -> list[list[str]]:
+    """The pools that the registry has read from its file, each time that it did, but for none."""
+    lines = [json.loads(line) for line in kube.kubectl("logs", f"deployment/{FULL}-registry").splitlines()]
+    return [line["pools"] for line in lines if line.get("pools")]
 
 
 def _first_token(kube: Cluster) -> bool:

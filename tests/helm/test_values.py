@@ -68,6 +68,10 @@ BAD: list[tuple[str, Any]] = [
     ("pools.0.decode.parallelism.tensor", 0),
     ("pools.0.decode.parallelism.executor", "threads"),
     ("policy.audit.size", "much"),
+    ("guardrails.kinds", []),
+    ("guardrails.enabled", "yes"),
+    ("images.gateway.digest", "sha256:1"),
+    ("monitoring.dashboards.labels", ["grafana"]),
 ]
 CROSSED: list[tuple[str, dict[str, Any]]] = [
     ("gateway.autoscaling.minReplicas", {"gateway": {"autoscaling": {"enabled": True, "minReplicas": 9}}}),

@@ -12,7 +12,7 @@ import yaml
 from tests.support.chart import CHART, OVERLAYS, rendered
 
 VERSIONS = [f"1.{minor}.0" for minor in range(30, 38)]
-CUSTOM = {"Certificate", "PodMonitor", "PrometheusRule"}
+CUSTOM = {"Certificate", "PodMonitor", "PrometheusRule", "ServiceMonitor"}
 
 
 @pytest.mark.timeout(120)

@@ -140,7 +140,7 @@ async def test_metrics_prove_who_computed_what():
 
         assert await gateway.metric('inferflux_phases_total{phase="prefill",role="prefill",worker="prefill-0"}') >= 2
         assert await gateway.metric('inferflux_phases_total{phase="decode",role="decode",worker="decode-0"}') >= 2
-        assert await gateway.metric('inferflux_kv_transfer_bytes_total{transport="shm"}') >= 2000
+        assert await gateway.metric('inferflux_kv_transfer_bytes_total{transport="nixl"}') >= 2000
         assert await gateway.metric('inferflux_kv_transfer_seconds_count{transport="shm"}') >= 2
         assert await gateway.metric('inferflux_prefills_total{result="remote"') >= 2
         assert await gateway.metric("inferflux_ttft_seconds_count") >= 1
@@ -979,6 +979,6 @@ async def test_a_whole_answer_that_is_huge_arrives_whole():
 
     async with decode_only() as (_, decode, gateway):
         decode.script = big
-        response = await gateway.http.post("/v1/embeddings", json={"model": MODEL}, timeout=httpx.Timeout(30))
+        response = await gateway.http.post("/tokenize", json={"model": MODEL}, timeout=httpx.Timeout(30))
 
         assert response.content == blob

@@ -16,6 +16,7 @@ import pytest
 import regopy
 
 from inferflux.v1 import policy_service_pb2 as policy_pb
+from services.gateway.endpoints import ENDPOINTS, Kind
 from tests.support.fake_cluster import (
     JSON_HEAD,
     MODEL,
@@ -47,10 +48,12 @@ def enact(cluster: FakeCluster, *rules: dict[str, Any]) -> None:
 
 
 @asynccontextmanager
-async def guarded(*rules: dict[str, Any], **settings) -> AsyncIterator[tuple[FakeDecode, FakeClient]]:
+async def guarded(
+    *rules: dict[str, Any], is_pooling: bool = False, **settings
+) -> AsyncIterator[tuple[FakeDecode, FakeClient]]:
     async with fake_cluster() as cluster:
         enact(cluster, *rules)
-        decode = await cluster.add_decode()
+        decode = await (cluster.add_pooling() if is_pooling else cluster.add_decode())
         async with running_gateway(cluster, **settings) as gateway:
             await gateway.ready()
             yield decode, gateway
@@ -158,7 +161,8 @@ async def post(gateway: FakeClient, path: str, text: str = "hi", **fields: Any) 
 @pytest.mark.parametrize("path", INPUTS)
 async def test_prompts_are_looked_at_on_every_path(path: str):
     """What is redacted never reaches a worker; what is blocked reaches none, and the refusal does not repeat it."""
-    async with guarded(CARDS, SECRETS) as (decode, gateway):
+    is_pooling = ENDPOINTS[path].kind is Kind.POOLING
+    async with guarded(CARDS, SECRETS, is_pooling=is_pooling) as (decode, gateway):
         decode.script = answering({"text": "ok"})
         response = await post(gateway, path, f"my card is {CARD}, ok?")
 

@@ -16,6 +16,7 @@ CHART = Path(__file__).parents[2] / "deploy" / "helm" / "inferflux"
 SIM = "ci/sim-values.yaml"
 OVERLAYS = {
     "laptop": ("values-laptop.yaml", SIM),
+    "guardrails": ("values-laptop.yaml", SIM, "ci/guardrails-values.yaml"),
     "gpu": ("values-gpu.yaml",),
     "rdma": ("values-gpu.yaml", "values-rdma.yaml"),
     "ha": ("values-gpu.yaml", "values-ha.yaml"),

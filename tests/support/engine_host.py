@@ -27,7 +27,7 @@ import psutil
 from inferflux.cli.pdeathsig import die_with_parent
 from inferflux.engine import create
 from inferflux.engine.base import Adapter, ComputedPrompt, Engine, EngineInfo, EngineLoad, KvSource, Prefilled
-from inferflux.engine.options import EngineOptions, Parallelism
+from inferflux.engine.options import EngineOptions, GrammarLimits, Parallelism
 from inferflux.engine.sim import SimEngine
 from inferflux.kv.arena import Arena
 from inferflux.kv.prefixes import Place, PrefixStore
@@ -139,6 +139,7 @@ async def host(config: dict[str, Any]) -> None:
             **_paths(config["options"]),
             "role": Role(config["options"]["role"]),
             "parallelism": Parallelism(**config["options"]["parallelism"]),
+            "grammar_limits": GrammarLimits(**config["options"]["grammar_limits"]),
         }
     )
     arena = Arena.create(ARENA_BYTES) if options.role is Role.PREFILL else None
@@ -325,7 +326,7 @@ def _started(engine: str, options: EngineOptions) -> Iterator[HostedEngine]:
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, Parallelism):
+    if isinstance(value, Parallelism | GrammarLimits):
         return asdict(value)
     return str(value) if isinstance(value, Path) else value
 

@@ -233,7 +233,8 @@ def failed(reason: str, status: int, *, is_retryable: bool = False) -> decode_pb
 
 def committed(job: Job) -> list[decode_pb.KvReport]:
     tickets = [prompt.ticket.ticket_id for prompt in job.start.prompts if prompt.HasField("ticket")]
-    reports = [decode_pb.KvReport(ticket_id=t, result=decode_pb.KV_RESULT_COMMITTED, num_bytes=1000) for t in tickets]
+    result = decode_pb.KV_RESULT_COMMITTED
+    reports = [decode_pb.KvReport(ticket_id=t, result=result, num_bytes=1000, transport="nixl") for t in tickets]
     for report in reports:
         report.transfer_time.FromMilliseconds(2)
     return reports
@@ -415,6 +416,15 @@ class FakeCluster:
         add_DecodeServiceServicer_to_server(worker, server.grpc)
         await server.start()
         self.registry.put(worker.record(pb.WORKER_ROLE_DECODE))
+        return worker
+
+    async def add_pooling(self, worker_id: str = "pooling-0", **fields: Any) -> FakeDecode:
+        """A pooling worker speaks like a decode worker."""
+        worker = FakeDecode(worker_id, **fields)
+        server = await self._serve(worker_id, self._address(worker), "DecodeService", role="pooling")
+        add_DecodeServiceServicer_to_server(worker, server.grpc)
+        await server.start()
+        self.registry.put(worker.record(pb.WORKER_ROLE_POOLING))
         return worker
 
     async def add_prefill(self, worker_id: str = "prefill-0", **fields: Any) -> FakePrefill:

@@ -21,6 +21,7 @@ QUANTIZATIONS = (
 )
 SIGNATURE = "model.sig"
 SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
+MODULE = re.compile(r"\d+_[A-Za-z]+/(config\.json|model\.safetensors)")
 COMPANIONS = {".json", ".jinja", ".model", ".txt"}
 NOT_OURS = ("README", "LICENSE", "NOTICE", "requirements")
 
@@ -77,9 +78,18 @@ def _folder(names: list[str]) -> Choice | None:
         beside = [name for name in below if PurePosixPath(name).parent == folder]
         if weights := _weights(beside):
             is_signed = (folder / SIGNATURE).as_posix() in beside
-            chosen = below if is_signed else sorted({*weights, *filter(_is_companion, beside)})
+            chosen = (
+                below if is_signed else sorted({*weights, *filter(_is_companion, beside), *_modules(folder, below)})
+            )
             return Choice(tuple(chosen), folder=folder.as_posix())
     return None
+
+
+def _modules(folder: PurePosixPath, names: list[str]) -> list[str]:
+    """How a sentence-transformers model makes one vector of many: each module has a folder, such as 1_Pooling."""
+    if (folder / "modules.json").as_posix() not in names:
+        return []
+    return [n for n in names if MODULE.fullmatch(PurePosixPath(n).relative_to(folder).as_posix())]
 
 
 def _weights(names: list[str]) -> list[str]:

@@ -15,7 +15,7 @@ from inferflux.engine.base import Adapter, Engine, EngineInfo, EngineLoad, KvSou
 from inferflux.engine.options import EngineOptions
 from inferflux.engine.prefix import Prefixes
 from inferflux.engine.sim import profile as profiles
-from inferflux.engine.sim.api import CAPABILITIES, App, Plan
+from inferflux.engine.sim.api import App, Plan
 from inferflux.engine.sim.blocks import BlockPool
 from inferflux.engine.sim.hydration import Hydrator
 from inferflux.engine.sim.kv import KvCache, chain
@@ -52,7 +52,7 @@ class SimEngine(Engine):
         self._kv = KvCache(num_blocks, self._profile.block_size, profile.slot_bytes, self._key)
         self._hydrator = Hydrator(self._kv, self._profile.block_size, profile.slot_bytes)
         self._scheduler = Scheduler(self._profile, self._pool, self._kv, self._hydrator, options.max_num_seqs)
-        self._app = App(options.model, self._max_model_len)
+        self._app = App(options.model, self._max_model_len, options.role)
         self._adapters: set[tuple[str, str]] = set()
         self._steps: asyncio.Task[None] | None = None
 
@@ -69,7 +69,7 @@ class SimEngine(Engine):
             max_model_len=self._max_model_len,
             max_num_seqs=self._options.max_num_seqs,
             slot_bytes=self._profile.slot_bytes,
-            capabilities=CAPABILITIES,
+            capabilities=self._app.capabilities,
         )
 
     async def check_numerics(self) -> None:

@@ -102,20 +102,21 @@ class Response:
             yield Frame(data=renderer.closing(self._outcomes(), self._usage()), end=self._end())
 
     def _whole(self, parts: Sequence[Emitted]) -> Iterator[Frame]:
-        self._held += [tokens for part in parts for tokens in _tokens(part)]
+        if not self._plan.is_pooling:
+            self._held += [tokens for part in parts for tokens in _tokens(part)]
         if self.is_complete:
             whole = answer(self._plan.renderer.document(self._outcomes(), self._usage()))
             yield Frame(whole.head, whole.body, tuple(self._held), end=self._end())
 
     def _end(self) -> End:
-        return End(self._finish_reasons[0], self._usage())
+        return End("" if self._plan.is_pooling else self._finish_reasons[0], self._usage())
 
     def _outcomes(self) -> list[Outcome]:
         ends = zip(self._texts, self._finish_reasons, self._stops, strict=True)
         return [Outcome(i, text, finish_reason, stop) for i, (text, finish_reason, stop) in enumerate(ends)]
 
     def _usage(self) -> Usage:
-        num_output = sum(choice.num_output for choice in self._choices)
+        num_output = 0 if self._plan.is_pooling else sum(choice.num_output for choice in self._choices)
         return Usage(sum(len(job.prompt) for job in self._jobs), num_output, sum(job.num_cached for job in self._jobs))
 
 

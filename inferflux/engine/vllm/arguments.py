@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
+from inferflux.types import Role
+
 if TYPE_CHECKING:
     from argparse import Namespace
 
@@ -12,6 +14,9 @@ if TYPE_CHECKING:
 
 CONNECTOR = "ArenaConnector"
 NO_DOMAIN = "media.invalid"
+_POOLING = ["--runner", "pooling"]
+_GENERATION = ["--enable-prefix-caching", "--enable-prompt-tokens-details"]
+_GENERATION += ["--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
 CONNECTOR_MODULE = "inferflux.engine.vllm.connector"
 # What a rank that is no child of ours must find in its environment before it imports anything.
 INHERITED = (
@@ -53,7 +58,8 @@ def server_arguments(options: EngineOptions, dtype: str, arena_fd: int | None, r
 
     args = make_arg_parser(FlexibleArgumentParser()).parse_args(_command_line(options, dtype))
     args.distributed_executor_backend = _executor(options.parallelism)
-    args.kv_transfer_config = _transfer_config(arena_fd, reports_fd)
+    if options.role is not Role.POOLING:
+        args.kv_transfer_config = _transfer_config(arena_fd, reports_fd)
     validate_parsed_serve_args(args)
     return args
 
@@ -61,11 +67,13 @@ def server_arguments(options: EngineOptions, dtype: str, arena_fd: int | None, r
 def _command_line(options: EngineOptions, dtype: str) -> list[str]:
     line = ["--model", str(options.model_dir), "--served-model-name", options.model, "--dtype", dtype]
     # Eager: compiled mode computes wrong text on some CPUs and takes a minute to start.
-    line += ["--enforce-eager", "--enable-prefix-caching", "--kv-cache-memory-bytes", str(options.kv_cache_bytes)]
+    line += ["--enforce-eager", "--kv-cache-memory-bytes", str(options.kv_cache_bytes)]
     # Never anything else: other formats are pickles.
     line += ["--max-num-seqs", str(options.max_num_seqs), "--load-format", "safetensors"]
-    line += ["--enable-auto-tool-choice", "--tool-call-parser", "hermes", "--enable-prompt-tokens-details"]
+    line += _POOLING if options.role is Role.POOLING else _GENERATION
     line += ["--disable-uvicorn-access-log", "--scheduling-policy", "priority"]
+    # Compact: small models lose themselves in white space. The backend: see grammars.BACKEND.
+    line += ["--structured-outputs-config", '{"backend": "guidance", "disable_any_whitespace": true}']
     # The gateway refuses media by address. Should one get here, it is of no domain that there is.
     line += ["--allowed-media-domains", NO_DOMAIN]
     if options.max_model_len:

@@ -12,6 +12,7 @@ from inferflux.engine.base import Adapter, Engine, EngineInfo, EngineLoad, KvSou
 from inferflux.engine.options import auto_dtype
 from inferflux.engine.prefix import Prefixes
 from inferflux.engine.reference import load as load_reference
+from inferflux.engine.reference import load_embedding
 from inferflux.engine.resume import Withheld
 from inferflux.engine.vllm.arguments import server_arguments, set_environment
 from inferflux.engine.vllm.transfer import Report
@@ -25,13 +26,15 @@ from inferflux.errors import (
     Unavailable,
     WorkerLost,
 )
-from inferflux.types import End, ErrorDetail, Frame, HttpAnswer, KvReport, ModelFingerprint, RequestContext
+from inferflux.types import End, ErrorDetail, Frame, HttpAnswer, KvReport, ModelFingerprint, RequestContext, Role
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Sequence
 
     from inferflux.engine.options import EngineOptions
+    from inferflux.engine.vllm.grammars import Grammars
     from inferflux.engine.vllm.llm import DecodePhase, TicketLLM
+    from inferflux.engine.vllm.pooling import PoolingPhase
     from inferflux.kv.arena import Arena
     from inferflux.kv.prefixes import PrefixStore
     from inferflux.types import Delivered, HttpCall
@@ -51,12 +54,15 @@ class VllmEngine(Engine):
         self._arena = arena
         self._store = store
         self._prefixes: Prefixes | None = None
-        self._dtype = auto_dtype() if options.dtype == "auto" else options.dtype
+        self._is_pooling = options.role is Role.POOLING
+        self._dtype = self._auto_dtype() if options.dtype == "auto" else options.dtype
+        self._tasks: tuple[Any, ...] = ()
         self._reports = ReportPipe()
         self._meter = StepMeter()
         self._loras: dict[tuple[str, str], Any] = {}
         self._num_loras = 0
         self._started: TicketLLM | None = None
+        self._grammars: Grammars | None = None
         self._app: Any = None
 
     async def start(self) -> EngineInfo:
@@ -65,19 +71,27 @@ class VllmEngine(Engine):
         from vllm.engine.arg_utils import AsyncEngineArgs  # noqa: PLC0415
 
         from inferflux.engine.vllm import plugin  # noqa: PLC0415
+        from inferflux.engine.vllm.grammars import Grammars  # noqa: PLC0415
         from inferflux.engine.vllm.llm import TicketLLM  # noqa: PLC0415
 
         plugin.register()
         plugin.fork_engine(self._options.cpu_cores, self._options.threads, self._options.parallelism.num_ranks)
+        if self._options.model_dir is not None:
+            self._grammars = Grammars(self._options.model_dir, self._options.grammar_limits)
         arena_fd = self._arena.fd if self._arena is not None else None
         args = server_arguments(self._options, self._dtype, arena_fd, self._reports.write_fd)
         engine_args = AsyncEngineArgs.from_cli_args(args)
         self._started = TicketLLM.from_engine_args(engine_args, stat_loggers=[self._meter.logger()])
+        self._started.grammars = self._grammars
         await self._build_app(args)
         if self._arena is not None:
             self._prefixes = Prefixes(self._arena, self._store, self._fingerprint())
         self._reports.listen()
         return self._info()
+
+    def _auto_dtype(self) -> str:
+        # Vectors are kept and compared for years: they get the precision that their model was published in.
+        return "float32" if self._is_pooling else auto_dtype()
 
     @property
     def _llm(self) -> TicketLLM:
@@ -91,8 +105,8 @@ class VllmEngine(Engine):
 
         from inferflux.engine.vllm.identity import derive_from_requests  # noqa: PLC0415
 
-        tasks = await self._llm.get_supported_tasks()
-        self._app = build_app(args, tasks)
+        self._tasks = tasks = await self._llm.get_supported_tasks()
+        self._app = build_app(args, tasks, self._llm.model_config)
         await init_app_state(self._llm, self._app.state, args, tasks)
         derive_from_requests()
 
@@ -106,8 +120,15 @@ class VllmEngine(Engine):
             max_model_len=config.model_config.max_model_len,
             max_num_seqs=config.scheduler_config.max_num_seqs,
             slot_bytes=self._arena.slot_bytes if self._arena is not None else 0,
-            capabilities=("chat", "completion", "responses", "messages", "tools", "json_schema", "logprobs"),
+            capabilities=self._capabilities(),
         )
+
+    def _capabilities(self) -> tuple[str, ...]:
+        from inferflux.engine.vllm import pooling  # noqa: PLC0415
+
+        if self._is_pooling:
+            return pooling.capabilities(self._tasks, self._llm.vllm_config.model_config)
+        return ("chat", "completion", "responses", "messages", "tools", "json_schema", "logprobs")
 
     def _fingerprint(self) -> ModelFingerprint:
         import vllm  # noqa: PLC0415
@@ -116,8 +137,8 @@ class VllmEngine(Engine):
         return ModelFingerprint(
             weights_digest=self._options.model_digest,
             dtype=self._dtype,
-            layout=f"vllm-{vllm.__version__}/{_packing(config)}/layer-head",
-            block_size=config.cache_config.block_size,
+            layout=f"vllm-{vllm.__version__}/{'pooling' if self._is_pooling else _packing(config) + '/layer-head'}",
+            block_size=config.cache_config.block_size or 0,
         )
 
     async def check_numerics(self) -> None:
@@ -126,7 +147,11 @@ class VllmEngine(Engine):
 
         if self._options.numerics_reference is None:
             raise NumericsMismatch(f"numerics: no reference for model {self._options.model}; make one with inferctl")
-        await numerics.check(self._llm, load_reference(self._options.numerics_reference), self._dtype)
+        path = self._options.numerics_reference
+        if self._is_pooling:
+            await numerics.check_embedding(self._llm, load_embedding(path), self._dtype)
+        else:
+            await numerics.check(self._llm, load_reference(path), self._dtype)
 
     async def prefill(self, context: RequestContext, call: HttpCall) -> Prefilled | HttpAnswer:
         """See Engine.prefill. The application's answer counts only if it never got as far as the engine."""
@@ -149,6 +174,8 @@ class VllmEngine(Engine):
             phase.close()
         if phase.prompts:
             return Prefilled(tuple(phase.prompts), time.monotonic() - start)
+        if phase.refusal is not None:
+            raise phase.refusal
         if response is None:
             raise Internal("the application failed before it asked for a prompt")
         return response
@@ -164,9 +191,14 @@ class VllmEngine(Engine):
         from inferflux.engine.vllm.application import Exchange  # noqa: PLC0415
         from inferflux.engine.vllm.identity import IDENTITY, Identity  # noqa: PLC0415
         from inferflux.engine.vllm.llm import PHASE, DecodePhase  # noqa: PLC0415
+        from inferflux.engine.vllm.pooling import PoolingPhase  # noqa: PLC0415
 
-        phase = DecodePhase(context.cache_salt, context.priority, sources, delivered, call.path)
-        phase.adapter, phase.lora = context.adapter, self._lora(context)
+        phase: DecodePhase | PoolingPhase
+        if self._is_pooling:
+            phase = PoolingPhase(context.cache_salt, context.priority)
+        else:
+            phase = DecodePhase(context.cache_salt, context.priority, sources, delivered, call.path)
+            phase.adapter, phase.lora = context.adapter, self._lora(context)
         PHASE.set(phase)
         IDENTITY.set(Identity(context.request_id, context.created_s))
         exchange = Exchange(self._app, call, context.request_id, phase.take_tokens)
@@ -184,7 +216,7 @@ class VllmEngine(Engine):
                         yield told
             yield Frame(kv=reports.rest(), choices=phase.take_tokens(), end=self._end(phase))
 
-    def _end(self, phase: DecodePhase) -> End:
+    def _end(self, phase: DecodePhase | PoolingPhase) -> End:
         error = None
         if self._llm.errored:
             error = ErrorDetail.of(WorkerLost("the worker's engine died"))
@@ -248,6 +280,8 @@ class VllmEngine(Engine):
         if self._started is not None:
             self._started.shutdown()
             self._started = None
+        if self._grammars is not None:
+            self._grammars.close()
         self._reports.close()
 
 

@@ -18,6 +18,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 
 from inferflux.engine.base import ComputedPrompt, KvSource, PublishedKv
 from inferflux.engine.vllm import transfer
+from inferflux.engine.vllm.pooling import PoolingPhase
 from inferflux.engine.vllm.replay import Group, ReplayQueue, Turns, in_order, replay
 from inferflux.errors import Conflict, InferfluxError, InvalidRequest, KvError, Unavailable
 from inferflux.kv.digests import prompt_digest
@@ -27,12 +28,14 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 
     from vllm.lora.request import LoRARequest
-    from vllm.outputs import RequestOutput
+    from vllm.outputs import PoolingRequestOutput, RequestOutput
+    from vllm.pooling_params import PoolingParams
 
     from inferflux.engine.prefix import Prefixes
+    from inferflux.engine.vllm.grammars import Grammars
     from inferflux.kv.prefixes import Opening
 
-PHASE: ContextVar[Phase | None] = ContextVar("inferflux_phase", default=None)
+PHASE: ContextVar[Phase | PoolingPhase | None] = ContextVar("inferflux_phase", default=None)
 COMPLETIONS, RESPONSES = "/v1/completions", "/v1/responses"
 COMPLETION = re.compile(rb'data: \{[^\[{]*"choices":\[\{"index":(\d+)')
 OPENING = b'"delta":{"role":"assistant","content":""}'
@@ -337,6 +340,7 @@ class TicketLLM(AsyncLLM):
         super().__init__(*args, **kwargs)
         self._send = self.engine_core.add_request_async
         self._sending: set[asyncio.Task[None]] = set()
+        self.grammars: Grammars | None = None
         self.engine_core.add_request_async = self._submit
 
     def generate(
@@ -344,7 +348,7 @@ class TicketLLM(AsyncLLM):
     ) -> AsyncGenerator[RequestOutput, None]:
         """Like AsyncLLM.generate; each output passes the phase before it reaches the application."""
         phase = PHASE.get()
-        if phase is None:
+        if not isinstance(phase, Phase):
             return super().generate(prompt, sampling_params, request_id, **kwargs)
         phase.begin(request_id, sampling_params.n)
         return self._generate(phase, prompt, sampling_params.clone(), request_id, **kwargs)
@@ -355,6 +359,8 @@ class TicketLLM(AsyncLLM):
         params.extra_args = transfer.without_client_values(params.extra_args)
         try:
             kwargs["lora_request"] = phase.adapted(kwargs.get("lora_request"))
+            if self.grammars is not None:
+                await self.grammars.admit(params.structured_outputs)
             prompt, params = phase.salted(prompt), phase.params(request_id, prompt, params)
             params._verify_args()  # noqa: SLF001 - the engine core does so too, and ends when they are wrong
         except InferfluxError as e:
@@ -366,6 +372,17 @@ class TicketLLM(AsyncLLM):
             for part in parts(output, params):
                 phase.observe(request_id, part)
                 yield part
+
+    def encode(
+        self, prompt: Any, pooling_params: PoolingParams, request_id: str, **kwargs: Any
+    ) -> AsyncGenerator[PoolingRequestOutput, None]:
+        """Like AsyncLLM.encode; the phase sees each output before the application does."""
+        phase = PHASE.get()
+        if not isinstance(phase, PoolingPhase):
+            return super().encode(prompt, pooling_params, request_id, **kwargs)
+        kwargs["priority"] = phase.priority
+        outputs = super().encode(phase.salted(prompt), pooling_params, request_id, **kwargs)
+        return phase.observed(request_id, outputs)
 
     async def add_request(self, request_id: str, *args: Any, **kwargs: Any) -> Any:
         """Like AsyncLLM.add_request; what is written again comes before what the engine says."""

@@ -14,7 +14,8 @@ from services.registry.planner.scaling import MAX_REPLICAS, Cost, Slo
 
 TARGET = re.compile(r"(deployment|statefulset)/[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?")
 SLO_MS = {Role.PREFILL: 2000.0, Role.DECODE: 100.0}
-"""guess: what a reader of a chat does not mind; used when nobody says another goal."""
+"""guess: what a reader of a chat does not mind; used when nobody says another goal.
+There is none for pooling: such pools are not planned."""
 
 
 class Mode(StrEnum):
@@ -159,8 +160,8 @@ def _number(value: object) -> float:
 
 
 def _role(value: object) -> Role:
-    if value not in tuple(Role):
-        raise ValueError(f"must be one of {', '.join(Role)}")
+    if value not in SLO_MS:
+        raise ValueError(f"must be one of {', '.join(SLO_MS)}")
     return Role(str(value))
 
 

@@ -35,7 +35,7 @@ class Kubelet:
             for pod in self._store.list("Pod"):
                 key = key_of(pod)
                 if key not in self._tasks:
-                    self._start(key)
+                    self._start(key, pod["metadata"]["uid"])
                 if "deletionTimestamp" in pod["metadata"]:
                     self._workers[key].stop()
             await self._store.wait(revision)
@@ -47,8 +47,8 @@ class Kubelet:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    def _start(self, key: Key) -> None:
-        worker = PodWorker(self._store, key, self._network.allocate_pod(), self._node)
+    def _start(self, key: Key, uid: str) -> None:
+        worker = PodWorker(self._store, key, uid, self._network.allocate_pod(), self._node)
         self._workers[key] = worker
         self._tasks[key] = asyncio.create_task(self._run(key, worker), name=f"pod-{key[2]}")
 

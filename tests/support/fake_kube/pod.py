@@ -82,6 +82,7 @@ class PodWorker:
 
     store: Store
     key: Key
+    uid: str
     address: str
     node: Node
     _stopping: asyncio.Event = field(default_factory=asyncio.Event)
@@ -123,7 +124,7 @@ class PodWorker:
 
     @property
     def _directory(self) -> Path:
-        return self.node.directory / self.key[1] / self.key[2]
+        return self.node.directory / self.key[1] / f"{self.key[2]}_{self.uid}"
 
     def _pod(self) -> Object:
         pod = self.store.get(*self.key)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from inferflux.cli.plan import STOP_ORDER, ClusterOptions, plan
+from inferflux.cli.plan import STOP_ORDER, ClusterOptions, EmbeddingModel, plan
 from inferflux.errors import ConfigError
 from inferflux.paths import Home
 
@@ -22,7 +22,9 @@ def test_every_role_runs_and_stops():
     specs = make()
 
     assert list(specs) == ["redis-0", "policy-0", "registry-0", "prefill-0", "decode-0", "decode-1", "gateway-0"]
-    assert {s.role for s in specs.values()} == {role for roles in STOP_ORDER for role in roles}
+    with_embedding = make(replace(OPTIONS, pooling=1, embedding=EmbeddingModel("vectors")))
+    assert with_embedding.keys() - specs.keys() == {"pooling-0"}
+    assert {s.role for s in with_embedding.values()} == {role for roles in STOP_ORDER for role in roles}
 
 
 def test_gateways_are_equals_on_ports_one_after_the_other():

@@ -8,6 +8,7 @@ import pytest
 
 from inferflux import errors
 from inferflux.errors import InferfluxError, LimitExceeded
+from inferflux.types import HttpAnswer, HttpHead
 from services.gateway import failures
 from services.gateway.endpoints import Dialect
 
@@ -123,3 +124,56 @@ def test_messages_are_escaped():
     error = errors.NotFound('there is nothing at "\n\r\u2028</script>')
 
     assert json.loads(failures.body(error, Dialect.OPENAI, ID))["error"]["message"] == error.message
+
+
+APPLICATION = b'{"error":{"message":"Grammar error: no","type":"BadRequestError","param":"tools","code":400}}'
+
+
+def test_an_error_of_the_application_gets_the_shape_of_all_errors() -> None:
+    """OpenAI's clients expect a code that is a string, and types that they know."""
+    head = HttpHead(400, (("content-type", "application/json"), ("x-more", "1")))
+    answer = failures.translated(HttpAnswer(head, APPLICATION), Dialect.OPENAI, ID)
+
+    assert json.loads(answer.body) == {
+        "error": {
+            "message": "Grammar error: no",
+            "type": "invalid_request_error",
+            "param": "tools",
+            "code": "invalid_request",
+        }
+    }
+    assert sorted(answer.head.headers) == [("content-type", "application/json"), ("x-more", "1")]
+
+
+def test_an_error_of_the_application_in_anthropics_shape() -> None:
+    answer = failures.translated(HttpAnswer(HttpHead(404), APPLICATION), Dialect.ANTHROPIC, ID)
+
+    told = {"type": "not_found_error", "message": "Grammar error: no"}
+    assert json.loads(answer.body) == {"type": "error", "error": told, "request_id": ID}
+
+
+@pytest.mark.parametrize("body", [b"", b"[]", b"<html>", b'{"error": "x"}', b'{"error": {"message": 3}}'])
+def test_an_error_that_says_nothing_still_says_its_status(body: bytes) -> None:
+    answer = failures.translated(HttpAnswer(HttpHead(400), body), Dialect.OPENAI, ID)
+
+    assert json.loads(answer.body)["error"]["message"]
+
+
+def test_what_went_wrong_inside_the_application_is_not_told() -> None:
+    body = b'{"error": {"message": "KeyError: secret"}}'
+
+    assert b"secret" not in failures.translated(HttpAnswer(HttpHead(500), body), Dialect.OPENAI, ID).body
+
+
+@pytest.mark.parametrize("lead", [b"data: ", b"id: 0\ndata: ", b"id: 0\nevent: error\ndata: "])
+def test_an_event_stream_that_begins_with_an_error_is_an_error(lead: bytes) -> None:
+    told = APPLICATION if b"event" not in lead else b'{"type":"error","error":{"type":"x","message":"no"}}'
+    answer = failures.refusal(lead + told + b"\n\nid: 1\ndata: [DONE]\n\n")
+
+    assert answer is not None
+    assert (answer.head.status, answer.body) == (400, told)
+
+
+@pytest.mark.parametrize("data", [b"", b'data: {"id":"x"}\n\n', b'data: {"choices":[{"error":{}}]}\n\n', b": ping\n\n"])
+def test_other_event_streams_are_left_alone(data: bytes) -> None:
+    assert failures.refusal(data) is None

@@ -86,6 +86,7 @@ questions = st.builds(
     st.frozensets(st.builds("{}-{}".format, st.sampled_from(Role), st.integers(0, 5)), max_size=3),
     st.integers(0, 1000),
     is_on_trial=st.booleans(),
+    answerers=st.sampled_from([{Role.DECODE}, {Role.POOLING}, {Role.DECODE, Role.POOLING}]).map(frozenset),
 )
 
 
@@ -103,9 +104,9 @@ def planned(question, cluster):
 def test_only_workers_that_can_take_the_request_are_chosen(question, cluster):
     """Never of another model or role, never unconnected or not ready; on trial, never beside a suspect."""
     _, *chosen = planned(question, cluster)
-    for role, candidate in zip((Role.DECODE, Role.PREFILL), chosen, strict=True):
+    for roles, candidate in zip((question.answerers, {Role.PREFILL}), chosen, strict=True):
         if candidate is not None:
-            assert candidate.worker.role is role
+            assert candidate.worker.role in roles
             assert candidate.worker.model == question.model
             assert not (question.is_on_trial and candidate.has_suspects)
             assert candidate.pulse is not None
@@ -125,9 +126,9 @@ def test_prefill_only_where_decode_can_read_the_blocks(question, cluster):
 
 
 @given(questions, clusters)
-def test_there_is_a_plan_exactly_when_a_decode_worker_can_take_the_request(question, cluster):
-    """Prefill workers alone serve nothing; a decode worker alone serves everything."""
-    usable = [c for c in cluster if c.worker.role is Role.DECODE and objection(c, question) is None]
+def test_there_is_a_plan_exactly_when_a_worker_can_take_the_request(question, cluster):
+    """Prefill workers alone serve nothing; a worker of the right role alone serves everything."""
+    usable = [c for c in cluster if c.worker.role in question.answerers and objection(c, question) is None]
 
     assert (planned(question, cluster)[0] is not None) == bool(usable)
 
@@ -146,9 +147,10 @@ def test_no_prefill_worker_is_left_out_without_a_reason(cluster):
 def test_the_less_loaded_of_the_usable_workers_is_chosen(question, cluster):
     """Of those that pulse on time nobody usable has a better score; the silent, and then the avoided, are for need."""
     _, decoder, prefiller = planned(question, cluster)
-    for chosen, reader in ((decoder, None), (prefiller, decoder.worker if decoder else None)):
+    reads = decoder.worker if decoder else None
+    for chosen, roles, reader in ((decoder, question.answerers, None), (prefiller, {Role.PREFILL}, reads)):
         if chosen is not None:
-            peers = [c for c in cluster if c.worker.role is chosen.worker.role and not objection(c, question, reader)]
+            peers = [c for c in cluster if c.worker.role in roles and not objection(c, question, reader)]
             peers = [c for c in peers if c.is_fresh] or peers
             peers = [c for c in peers if c.worker.worker_id not in question.avoided] or peers
             assert chosen in peers
@@ -171,7 +173,8 @@ def test_verdicts_agree_with_the_choice(cluster):
     """Each worker has at most one; who was chosen has a score, who was filtered has none."""
     made, decoder, _ = planned(QUESTION, [decode("decode-9"), *cluster])
     verdicts = {verdict.worker_id: verdict for verdict in made.reasons}
-    filtered = [c for c in cluster if objection(c, QUESTION, decoder.worker if c.worker.role is Role.PREFILL else None)]
+    asked = [c for c in cluster if c.worker.role is not Role.POOLING]
+    filtered = [c for c in asked if objection(c, QUESTION, decoder.worker if c.worker.role is Role.PREFILL else None)]
 
     assert len(verdicts) == len(made.reasons)
     assert all(verdicts[chosen].score is not None for chosen in (made.decode, made.prefill) if chosen)

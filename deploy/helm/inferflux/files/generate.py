@@ -6,10 +6,12 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from pathlib import Path
 
 URL = os.environ["INFERFLUX_TEST_URL"]
+KEY = Path(os.environ["INFERFLUX_TEST_KEY_FILE"]).read_text().strip()
 DEADLINE_AT = time.monotonic() + float(os.environ["INFERFLUX_TEST_TIMEOUT_S"])
-MODELS = [name for name in os.environ["INFERFLUX_TEST_MODELS"].split(",") if name]
+MODELS = {name for name in os.environ["INFERFLUX_TEST_MODELS"].split(",") if name}
 PROMPT = "InferFlux computes a prompt on one worker and continues it on another. " * 20
 RETRY_S = 0.5
 
@@ -17,7 +19,7 @@ RETRY_S = 0.5
 def ask(path, body=None):
     """Send a request, again while the cluster is not ready for it; returns the request's id and the document."""
     data = None if body is None else json.dumps(body).encode()
-    headers = {"authorization": f"Bearer {os.environ['INFERFLUX_TEST_KEY']}", "content-type": "application/json"}
+    headers = {"authorization": f"Bearer {KEY}", "content-type": "application/json"}
     while True:
         try:
             request = urllib.request.Request(URL + path, data, headers)
@@ -51,5 +53,5 @@ def check(model):
     sys.exit(f"FAILED {model}: no decode worker has read the KV of a prefill worker")
 
 
-for name in MODELS:
+for name in sorted(MODELS):
     check(name)

@@ -10,6 +10,11 @@
 {{- end -}}
 {{- end -}}
 
+{{/* The components beside the workers, each with a Service. */}}
+{{- define "inferflux.services" -}}
+gateway policy registry{{ if .Values.guardrails.enabled }} guardrails{{ end }}
+{{- end -}}
+
 {{- define "inferflux.selector" -}}
 app.kubernetes.io/name: inferflux
 app.kubernetes.io/instance: {{ .Release.Name }}
@@ -55,11 +60,12 @@ inferflux.io/pool: {{ . }}
 {{- printf "%s-%s" $prefix .role -}}
 {{- end -}}
 
-{{/* (dict "root" $ "name" "gateway" "repository" ".." "tag" "..") */}}
+{{/* By digest if there is one, else by tag: (dict "root" $ "image" "gateway"). */}}
 {{- define "inferflux.image" -}}
 {{- $images := .root.Values.images -}}
-{{- $tag := .tag | default $images.tag | default .root.Chart.AppVersion -}}
-{{- $name := printf "%s:%s" .repository $tag -}}
+{{- $image := index $images .image -}}
+{{- $name := printf "%s:%s" $image.repository ($image.tag | default $images.tag | default .root.Chart.AppVersion) -}}
+{{- if $image.digest }}{{ $name = printf "%s@%s" $image.repository $image.digest }}{{ end -}}
 {{- if $images.prefix }}{{ printf "%s/%s" $images.prefix $name }}{{ else }}{{ $name }}{{ end -}}
 {{- end -}}
 

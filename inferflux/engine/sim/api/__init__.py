@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from inferflux.engine.sim import tokenizer
-from inferflux.engine.sim.api import chat, completion, messages, responses
+from inferflux.engine.sim.api import chat, completion, messages, pooling, responses
 from inferflux.engine.sim.api.call import BadCall, Fields, Plan, answer, chat_prompt
-from inferflux.types import HttpAnswer, HttpCall, RequestContext
+from inferflux.types import HttpAnswer, HttpCall, RequestContext, Role
 
 PLANS: dict[str, Callable[[Fields, str, RequestContext], Plan]] = {
     "/v1/chat/completions": chat.plan,
@@ -19,11 +19,13 @@ CAPABILITIES = ("chat", "completion", "messages", "responses")
 
 
 class App:
-    """Serves one model, under one name."""
+    """Serves one model, under one name: a generating one, or an embedding one on a pooling worker."""
 
-    def __init__(self, model: str, max_model_len: int) -> None:
+    def __init__(self, model: str, max_model_len: int, role: Role = Role.DECODE) -> None:
         self.adapters: set[str] = set()
         self._model = model
+        self._plans = pooling.PLANS if role is Role.POOLING else PLANS
+        self.capabilities = pooling.CAPABILITIES if role is Role.POOLING else CAPABILITIES
         self._max_model_len = max_model_len
         self._utilities = {
             "/tokenize": self._tokenize,
@@ -39,7 +41,7 @@ class App:
             return e.answer
 
     def _read(self, call: HttpCall, context: RequestContext) -> Plan | HttpAnswer:
-        plan, utility = PLANS.get(call.path), self._utilities.get(call.path)
+        plan, utility = self._plans.get(call.path), self._utilities.get(call.path)
         if plan is None and utility is None:
             raise BadCall("Not Found", status=404)
         if call.method != "POST":
@@ -81,4 +83,4 @@ class App:
         return answer({"input_tokens": len(messages.prompt(fields))})
 
 
-__all__ = ["CAPABILITIES", "App", "Plan"]
+__all__ = ["App", "Plan"]

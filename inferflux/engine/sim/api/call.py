@@ -188,12 +188,13 @@ class Renderer(ABC):
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A call that generates."""
+    """A call that generates; or one that is `is_pooling`, whose tokens are nobody's: its prompts are what counts."""
 
     prompts: tuple[tuple[int, ...], ...]
     sampling: Sampling
     stream: bool
     renderer: Renderer
+    is_pooling: bool = False
 
 
 def event(document: Mapping[str, Any], name: str | None = None) -> bytes:
