@@ -17,9 +17,15 @@ class Feed(Generic[T]):
 
     def __init__(self) -> None:
         self.revision = 0
+        self.num_watchers = 0
         self._value: T | None = None
         self._is_closed = False
         self._news = asyncio.Event()
+
+    @property
+    def value(self) -> T | None:
+        """The newest version; None before the first."""
+        return self._value
 
     def publish(self, revision: int, value: T) -> None:
         """Make `value` the newest one; ignored unless its revision (from 1) is above the last."""
@@ -35,12 +41,16 @@ class Feed(Generic[T]):
     async def watch(self, at_least: int = 0) -> AsyncIterator[tuple[int, T]]:
         """Yield the newest revision and value, then each newer one; none of them below revision `at_least`."""
         seen = max(at_least, 1) - 1
-        while not self._is_closed:
-            if self.revision > seen and self._value is not None:
-                seen = self.revision
-                yield seen, self._value
-            else:
-                await self._news.wait()
+        self.num_watchers += 1
+        try:
+            while not self._is_closed:
+                if self.revision > seen and self._value is not None:
+                    seen = self.revision
+                    yield seen, self._value
+                else:
+                    await self._news.wait()
+        finally:
+            self.num_watchers -= 1
 
     def _wake(self) -> None:
         news, self._news = self._news, asyncio.Event()

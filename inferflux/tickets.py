@@ -23,7 +23,7 @@ import uuid
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from enum import StrEnum
 from typing import NoReturn
@@ -443,7 +443,7 @@ class TicketBook:
             worker_id=self._issuer.worker_id,
             incarnation=self._issuer.incarnation,
             session_id=session_id,
-            fingerprint=self._issuer.fingerprint,
+            fingerprint=replace(self._issuer.fingerprint, adapter=context.adapter_digest),
             prompt_digest=prompt.prompt_digest,
             num_tokens=kv.num_tokens,
             slots=kv.slots,

@@ -113,6 +113,8 @@ class HttpAnswer:
 class RequestContext:
     """What every hop knows about a request. `time_left_s`: None = no deadline.
 
+    `adapter`: the name that the call has for its model, if that is an adapter; `adapter_digest`: of the one that is
+    used, known on the worker that uses it.
     `created_s`: Unix time at which the gateway took it; part of the response, so the same on every worker.
     """
 
@@ -123,6 +125,8 @@ class RequestContext:
     time_left_s: float | None = None
     priority: int = 0
     created_s: int = 0
+    adapter: str = ""
+    adapter_digest: str = ""
 
     def to_proto(self) -> pb.RequestContext:
         message = pb.RequestContext(
@@ -132,6 +136,7 @@ class RequestContext:
             traceparent=self.traceparent,
             priority=self.priority,
             created=self.created_s,
+            adapter=self.adapter,
         )
         if self.time_left_s is not None:
             message.time_left.FromTimedelta(timedelta(seconds=self.time_left_s))
@@ -148,6 +153,7 @@ class RequestContext:
             time_left_s,
             message.priority,
             message.created,
+            message.adapter,
         )
 
 
@@ -159,6 +165,7 @@ class ModelFingerprint:
     dtype: str
     layout: str
     block_size: int
+    adapter: str = ""
 
     def to_proto(self) -> pb.ModelFingerprint:
         return pb.ModelFingerprint(
@@ -166,11 +173,12 @@ class ModelFingerprint:
             dtype=self.dtype,
             layout=self.layout,
             block_size=self.block_size,
+            adapter=self.adapter,
         )
 
     @classmethod
     def from_proto(cls, message: pb.ModelFingerprint) -> ModelFingerprint:
-        return cls(message.weights_digest, message.dtype, message.layout, message.block_size)
+        return cls(message.weights_digest, message.dtype, message.layout, message.block_size, message.adapter)
 
 
 @dataclass(frozen=True, slots=True)

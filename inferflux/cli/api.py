@@ -64,6 +64,15 @@ class Api:
                     raise CliError(str(event["error"].get("message", event["error"])))
                 yield event
 
+    def lines(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Iterator[dict[str, Any]]:
+        """Yield each line of an answer in NDJSON."""
+        with self._errors(), self._client.stream(method, path, json=body) as response:
+            if response.is_error:
+                response.read()
+                raise self._refusal(response)
+            for line in response.iter_lines():
+                yield json.loads(line)
+
     def default_model(self) -> str:
         """Name the first model that is served."""
         models = self.get("/v1/models")["data"]

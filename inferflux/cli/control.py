@@ -7,6 +7,11 @@
 {"op": "grow", "role": "decode", "size": 3}   -> {"ok": true, "added": ["decode-2"]}
 {"op": "shrink", "role": "decode", "size": 2, "first": ["decode-0"]} -> {"ok": true, "retired": ["decode-0"]}: it is
                                              not started again when it ends; whoever asks drains it
+"sizes", "grow" and "shrink" are about the model that the cluster was started with, or "model".
+{"op": "deploy", "spec": {"model": "m", "revision": 7, ...}}  -> {"ok": true}: prepares it and starts its workers
+{"op": "deployment", "model": "m"}        -> {"ok": true, "deployment": {...}, "workers": [...]}
+{"op": "retire", "model": "m", "keep": 7, "only": null}  -> {"ok": true, "retired": [...]}; as "shrink"
+{"op": "end", "ids": ["decode-3"]}        -> {"ok": true}; stops retired workers that can't be told to drain
 """
 
 from __future__ import annotations

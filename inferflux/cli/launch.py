@@ -61,10 +61,11 @@ def wait_until_ready(
             raise CliError(f"the supervisor ended: {last_message(home, 'supervisor')}")
         with suppress(control.NotRunning):
             status = control.ask(home.supervisor_socket, "status")
-            on_status(status["processes"])
-            if all(p["ready"] for p in status["processes"]):
+            own = [p for p in status["processes"] if not p["revision"]]  # models that were loaded later come back later
+            on_status(own)
+            if all(p["ready"] for p in own):
                 return status
-            check_hopeless(home, status["processes"])
+            check_hopeless(home, own)
             began_at = time.monotonic()
         if time.monotonic() - began_at > START_S:
             raise CliError("the supervisor does not answer", hint=f"see {home.logs}/supervisor.log")

@@ -9,6 +9,7 @@ from typing import Annotated, Optional
 
 import typer
 
+from inferflux.cli.adapter_commands import app as adapters_app
 from inferflux.cli.audit_commands import app as audit_app
 from inferflux.cli.failure import CliError, Exit
 from inferflux.cli.guardrails_commands import app as guardrails_app
@@ -40,6 +41,7 @@ app.command("pull")(pull)
 app.add_typer(policy_app, name="policy")
 app.add_typer(audit_app, name="audit")
 app.add_typer(pools_app, name="pools")
+app.add_typer(adapters_app, name="adapters")
 admin_app.add_typer(keys_app, name="api-keys")
 for view, title in (("rate_limit", "Rate limits"), ("budgets", "Budgets")):
     admin_app.add_typer(view_app(view, title), name=view.replace("_", "-"))

@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,9 +21,11 @@ from typing import Any
 from inferflux.cli import digests, jobs
 from inferflux.cli.digests import Digests
 from inferflux.engine import reference
-from inferflux.errors import ConfigError, InferfluxError
+from inferflux.errors import ConfigError, InferfluxError, ModelRefused
 from inferflux.models import manifest
-from inferflux.models.manifest import REFERENCE
+from inferflux.models.manifest import NAME as MANIFEST
+from inferflux.models.manifest import REFERENCE, Manifest
+from inferflux.models.rules import SignaturePolicy
 
 DEFAULT = "smollm2-135m"
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "tekken.json", "vocab.txt")
@@ -53,8 +55,18 @@ class Model:
     is_embedding: bool = False
 
 
-def prepare(name_or_folder: str, models_dir: Path, progress: Progress, *, available_bytes: int) -> Model:
-    """Find, build or check the model. Raises ModelError."""
+def prepare(
+    name_or_folder: str,
+    models_dir: Path,
+    progress: Progress,
+    *,
+    available_bytes: int,
+    is_verified_later: bool = False,
+) -> Model:
+    """Find, build or check the model. Raises ModelError.
+
+    `is_verified_later`: workers load nothing but what was signed, so that a signed folder's word is taken for now.
+    """
     models_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     name, folder = locate(name_or_folder, models_dir)
     with locked(models_dir / f".lock-{name}", lambda: progress("waiting for another process", None)):
@@ -64,6 +76,8 @@ def prepare(name_or_folder: str, models_dir: Path, progress: Progress, *, availa
         files = check_folder(folder)
         if is_embedding := manifest.is_embedding(folder):
             check_modules(folder)
+        if is_verified_later and (signed := read_signed(name, folder)) is not None:
+            return signed
         cache = cache_dir(folder, models_dir)
         known = ensure_digests(folder, files, cache, progress)
         num_bytes = sum(f.size for n, f in known.files.items() if n.endswith(".safetensors"))
@@ -74,6 +88,25 @@ def prepare(name_or_folder: str, models_dir: Path, progress: Progress, *, availa
             check_room(name, num_bytes, available_bytes)
             compute_reference(folder, known.weights_digest, cache, progress, is_embedding=is_embedding)
         return Model(name, folder, known.weights_digest, num_bytes, (place or cache) / REFERENCE, is_embedding)
+
+
+def is_verified_later(environ: Mapping[str, str]) -> bool:
+    """Say whether workers of this environment refuse what is not as it was signed."""
+    return environ.get("INFERFLUX_MODEL_SIGNATURE") == SignaturePolicy.REQUIRE
+
+
+def read_signed(name: str, folder: Path) -> Model | None:
+    """Take digest and reference from a signed folder as they are; None when it does not bring both."""
+    try:
+        signed = Manifest.parse((folder / MANIFEST).read_bytes())
+    except (OSError, ModelRefused):
+        return None
+    if not signed.numerics:
+        return None
+    num_bytes = sum(file.size for n, file in signed.files.items() if n.endswith(".safetensors"))
+    return Model(
+        name, folder, signed.weights_digest, num_bytes, folder / signed.numerics, manifest.is_embedding(folder)
+    )
 
 
 def locate(name_or_folder: str, models_dir: Path) -> tuple[str, Path]:

@@ -21,6 +21,53 @@ def models(context: typer.Context, output: Output = Format.TABLE) -> None:
         show_models(output)
 
 
+@app.command("list")
+def show(output: Output = Format.TABLE) -> None:
+    """List all models with their workers, and what is being loaded or unloaded."""
+    from inferflux.cli import lifecycle  # noqa: PLC0415
+
+    lifecycle.show(output)
+
+
+@app.command("load")
+def load(
+    model: Annotated[str, typer.Argument(help="Its name in API calls.")],
+    source: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Argument(help="A name in INFERFLUX_MODELS, or a folder; default: the name."),
+    ] = None,
+    prefill: Annotated[int, typer.Option(min=0, help="Prefill workers.")] = 1,
+    decode: Annotated[int, typer.Option(min=1, help="Decode workers.")] = 1,
+    drain_s: Annotated[float, typer.Option("--drain-s", min=0.0, help="Time for what runs on the old version.")] = 60.0,
+    settings: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option("--set", metavar="KEY=VALUE", help="A setting of its workers; may be given several times."),
+    ] = None,
+    output: Output = Format.TABLE,
+) -> None:
+    """Load a model beside the others, or another version of one: the old one serves until the new one does."""
+    from inferflux.cli import lifecycle  # noqa: PLC0415
+
+    sizes = {"prefill": prefill, "decode": decode}
+    lifecycle.load(lifecycle.spec_of(model, source, sizes, settings or []) | {"drain_s": drain_s}, output)
+
+
+@app.command("unload")
+def unload(model: Annotated[str, typer.Argument(help="Its name.")], output: Output = Format.TABLE) -> None:
+    """Drain a model's workers and forget it."""
+    from inferflux.cli import lifecycle  # noqa: PLC0415
+
+    lifecycle.unload(model, output)
+
+
+@app.command("default")
+def default(model: Annotated[str, typer.Argument(help="Its name.")], output: Output = Format.TABLE) -> None:
+    """Make a model the one that requests mean which name none."""
+    from inferflux.cli import lifecycle  # noqa: PLC0415
+
+    lifecycle.choose_default(model, output)
+
+
 @app.command("gc")
 def collect(
     quota_gb: Annotated[

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from inferflux.cli.placement import Cores, place, share
+from inferflux.config import env_name
 from inferflux.errors import ConfigError
 from inferflux.paths import Home
 
@@ -60,6 +61,8 @@ class ClusterOptions:
     dtype: str = "auto"
     log_level: str = "INFO"
     embedding: EmbeddingModel | None = None
+    settings: Mapping[str, str] = field(default_factory=dict)
+    """Other settings of the workers, by name; they win over the environment."""
 
     @property
     def url(self) -> str:
@@ -91,7 +94,10 @@ class ClusterOptions:
 
 @dataclass(frozen=True, slots=True)
 class ProcessSpec:
-    """One process to run. `socket`: where it says whether it is ready (ops HTTP, or the Redis protocol)."""
+    """One process to run. `socket`: where it says whether it is ready (ops HTTP, or the Redis protocol).
+
+    `model`, `revision`: of workers; revision 0 came with the cluster, others with a deployment.
+    """
 
     role: str
     id: str
@@ -100,6 +106,8 @@ class ProcessSpec:
     log: Path
     env: Mapping[str, str] = field(repr=False, default_factory=dict)
     cores: Cores = ()
+    model: str = ""
+    revision: int = 0
 
 
 def plan(options: ClusterOptions, home: Home, cores: Sequence[int], environ: Mapping[str, str]) -> list[ProcessSpec]:
@@ -193,7 +201,7 @@ def worker(
     env = {**worker_defaults(options, cores), **base, **own}
     # OpenMP reads it when torch is loaded, before any of our code can say it.
     env["OMP_NUM_THREADS"] = env["INFERFLUX_THREADS"]
-    return service(role, number, home, env, cores)
+    return replace(service(role, number, home, env, cores), model=env["INFERFLUX_MODEL"])
 
 
 def one_more(
@@ -226,7 +234,7 @@ def worker_env(options: ClusterOptions) -> dict[str, str]:
         env["INFERFLUX_MODEL_DIGEST"] = options.model_digest
     if options.numerics_reference:
         env["INFERFLUX_NUMERICS_REFERENCE"] = options.numerics_reference
-    return env
+    return env | {env_name(name): value for name, value in options.settings.items()}
 
 
 def pooling_env(options: ClusterOptions) -> dict[str, str]:

@@ -89,6 +89,7 @@ def prepare_model(options: ClusterOptions, model: str | None) -> ClusterOptions:
             models_dir(os.environ),
             steps.update,
             available_bytes=preflight.available_bytes(),
+            is_verified_later=models.is_verified_later(os.environ),
         )
         steps.finish_all()
     if prepared.is_embedding:

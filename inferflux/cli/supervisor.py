@@ -16,17 +16,16 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
-from functools import partial
-from itertools import count
 from typing import Any
 
 from inferflux import pki
 from inferflux.cli import probe, state
 from inferflux.cli.child import Child, Running, Spawned
 from inferflux.cli.control import ControlServer
-from inferflux.cli.plan import STOP_ORDER, WORKER_ROLES, ClusterOptions, ProcessSpec, one_more, plan
+from inferflux.cli.plan import STOP_ORDER, WORKER_ROLES, ClusterOptions, ProcessSpec, plan
 from inferflux.cli.state import ClusterState
 from inferflux.cli.warm import WarmStarter
+from inferflux.cli.workers import Workers, describe
 from inferflux.errors import ConfigError
 from inferflux.paths import Home
 from inferflux.telemetry import logs
@@ -36,7 +35,6 @@ STOP_GRACE_S = 15.0
 REDIS_READY_S = 10.0
 RESTART_READY_S = 300.0
 READY_POLL_S = 0.05
-MAX_WORKERS = 64
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _log = logging.getLogger("inferflux.cli.supervisor")  # __name__ is __main__
 
@@ -47,10 +45,11 @@ class Supervisor:
     def __init__(self, home: Home, options: ClusterOptions, specs: Sequence[ProcessSpec]) -> None:
         self._home = home
         self._options = options
+        self._stop = asyncio.Event()
         self._children = [Child(spec, self._start) for spec in specs]
+        self._workers = Workers(home, options, self._children, self._start, self._stop.is_set)
         self._pids: dict[int, int] = {}
         self._warm = WarmStarter(home.logs / "zygote.log")
-        self._stop = asyncio.Event()
         self._grace_s = STOP_GRACE_S
 
     async def run(self) -> None:
@@ -95,6 +94,7 @@ class Supervisor:
 
     async def _stop_all(self) -> None:
         _log.info("stopping")
+        await self._workers.close()
         for roles in STOP_ORDER:
             await asyncio.gather(*(child.stop(self._grace_s) for child in self._of_roles(*roles)))
 
@@ -121,14 +121,8 @@ class Supervisor:
                 return {}
             case "restart":
                 return await self._restart(str(request["name"]))
-            case "sizes":
-                return {"sizes": {role: len(self._wanted(role)) for role in WORKER_ROLES}}
-            case "grow":
-                return self._grow(_role(request), int(request["size"]))
-            case "shrink":
-                return self._shrink(_role(request), int(request["size"]), request["first"])
-            case unknown:
-                raise ValueError(f"unknown op {unknown!r}")
+            case _:
+                return await self._workers.answer(request)
 
     async def _status(self) -> dict[str, Any]:
         processes = await asyncio.gather(*(describe(child) for child in self._children))
@@ -150,64 +144,6 @@ class Supervisor:
             await child.restart(STOP_GRACE_S)
             await self._until_ready(child, RESTART_READY_S)
         return {"restarted": [child.spec.id for child in chosen]}
-
-    def _wanted(self, role: str) -> list[Child]:
-        return [child for child in self._of_roles(role) if child.is_wanted]
-
-    def _grow(self, role: str, size: int) -> dict[str, Any]:
-        """Start workers until there are so many that were not retired."""
-        added = []
-        while len(self._wanted(role)) < min(size, MAX_WORKERS) and not self._stop.is_set():
-            taken = {child.spec.id for child in self._of_roles(role)}
-            number = next(i for i in count() if f"{role}-{i}" not in taken)
-            cores = sorted(os.sched_getaffinity(0))
-            child = Child(one_more(role, number, self._options, self._home, cores, os.environ), self._start)
-            self._children.append(child)
-            child.start()
-            added.append(child.spec.id)
-        return {"added": added}
-
-    def _shrink(self, role: str, size: int, first: Sequence[str]) -> dict[str, Any]:
-        """Retire workers, `first` and then the newest, until so many are left; somebody drains them."""
-        wanted = self._wanted(role)
-        newest_first = wanted[::-1]
-        ranked = sorted(newest_first, key=lambda child: child.spec.id not in first)
-        retired = ranked[: max(0, len(wanted) - size)]
-        for child in retired:
-            child.retire(partial(self._forget, child))
-        return {"retired": [child.spec.id for child in retired]}
-
-    def _forget(self, child: Child) -> None:
-        if not self._stop.is_set():
-            self._children.remove(child)
-
-
-def _role(request: dict[str, Any]) -> str:
-    if request["role"] not in WORKER_ROLES:
-        raise ValueError(f"no workers of role {request['role']!r}")
-    return str(request["role"])
-
-
-async def describe(child: Child) -> dict[str, Any]:
-    """Report one process as `inferctl status -o json` shows it."""
-    pid = child.pid
-    readiness = await probe.ask(child.spec.role, child.spec.socket) if pid else probe.Readiness(ready=False)
-    is_running = pid is not None
-    return {
-        "role": child.spec.role,
-        "id": child.spec.id,
-        "incarnation": child.incarnation if child.spec.role == "redis" else readiness.incarnation,
-        "pid": pid,
-        "ready": is_running and readiness.ready,
-        "running": is_running,
-        "reason": readiness.reason if is_running else child.last_exit or "not started yet",
-        "state": readiness.state,
-        "restarts": child.restarts,
-        "last_exit": child.last_exit,
-        "uptime_s": round(time.time() - child.started_at, 1) if is_running else 0.0,
-        "cores": list(child.spec.cores),
-        "log": str(child.spec.log),
-    }
 
 
 def main(argv: Sequence[str]) -> int:

@@ -13,6 +13,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from inferflux.types import (
     ArenaPath,
@@ -38,6 +39,19 @@ class EngineInfo:
     max_num_seqs: int
     slot_bytes: int
     capabilities: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """A LoRA adapter. `folder` has adapter_config.json and adapter_model.safetensors and changes no more.
+
+    `digest`: of both; `is_pinned`: its weights stay where they can be used at once.
+    """
+
+    name: str
+    folder: Path
+    digest: str
+    is_pinned: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,6 +193,18 @@ class Engine(ABC):
         their event or before it, never after, and delivered ones are not told again. A response that is not streamed
         may be begun again. Raises Unavailable, naming the mode, for what can't be written again from tokens.
         """
+
+    @abstractmethod
+    async def load_adapter(self, adapter: Adapter) -> None:
+        """Make an adapter usable by requests whose context names it and its digest, beside others of its name.
+
+        Calls may name it as their model from now on. Raises InvalidRequest when it does not fit the model, Conflict
+        when the engine holds no adapters, or no more.
+        """
+
+    @abstractmethod
+    async def drop_adapter(self, adapter: Adapter, *, is_last: bool) -> None:
+        """Forget an adapter that no request uses. `is_last`: of its name, which calls may not use any more."""
 
     @abstractmethod
     def load(self) -> EngineLoad:

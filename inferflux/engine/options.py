@@ -75,6 +75,7 @@ class EngineOptions:
     `cpu_cores`: cores the engine's compute may use; empty = not pinned. `numerics_reference`: file with the top-1
     tokens and log-probabilities that `check_numerics` must reproduce; None = no check is possible.
     `cpu_cores` and `threads` are those of one rank's process.
+    `max_adapters`: how many LoRA adapters it can hold, of at most `max_adapter_rank`; 0 = none.
     `model_digest`: SHA-256 over the model's files, part of every fingerprint. `sim_profile`: latencies of the sim
     engine; None = its default.
     """
@@ -94,3 +95,5 @@ class EngineOptions:
     numerics_reference: Path | None = None
     sim_profile: Path | None = None
     grammar_limits: GrammarLimits = GrammarLimits()
+    max_adapters: int = 0
+    max_adapter_rank: int = 16

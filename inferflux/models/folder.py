@@ -19,6 +19,7 @@ from inferflux.errors import ModelRefused
 from inferflux.models.paths import list_files, open_beneath
 
 MAX_THREADS = 8
+COPY_BYTES = 1 << 20
 Stamp = tuple[int, int, int]
 
 
@@ -68,6 +69,15 @@ class ModelFolder:
         ordered = sorted(names, key=self.size)
         with ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1)) as pool:
             yield from zip(ordered, pool.map(self._hash, ordered), strict=True)
+
+    def copy(self, name: str, target: Path) -> str:
+        """Copy a file; returns the SHA-256 of what was copied."""
+        digest = hashlib.sha256()
+        with open(f"/proc/self/fd/{self._fds[name]}", "rb") as source, target.open("xb") as file:  # noqa: PTH123
+            while part := source.read(COPY_BYTES):
+                digest.update(part)
+                file.write(part)
+        return digest.hexdigest()
 
     def changed(self) -> list[str]:
         """Name the hashed files whose content is not what it was then. Reads only those that look touched."""

@@ -14,6 +14,7 @@ from inferflux.models.manifest import Manifest, SignedFile
 from inferflux.models.rules import Rules
 
 MAX_CONFIG_BYTES = 64 << 20
+SIGNATURE = bundle.NAME
 CONFIGS = (
     "config.json",
     "tokenizer_config.json",

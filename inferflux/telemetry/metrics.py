@@ -392,6 +392,7 @@ SCALINGS = Counter(
 
 # --- models -----------------------------------------------------------------------------------------------------------
 
+ADAPTERS = Gauge("inferflux_adapters", "LoRA adapters that this worker holds.")
 MODEL_VERIFICATIONS = Counter(
     "inferflux_model_verifications",
     "Models that a worker checked before loading, by result: verified, warned, refused.",

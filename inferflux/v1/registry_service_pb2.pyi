@@ -40,6 +40,8 @@ class WorkerRecord(_message.Message):
     MAX_MODEL_LEN_FIELD_NUMBER: _builtins.int
     MAX_NUM_SEQS_FIELD_NUMBER: _builtins.int
     TRANSPORTS_FIELD_NUMBER: _builtins.int
+    ADAPTERS_FIELD_NUMBER: _builtins.int
+    MAX_ADAPTERS_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     """Stable over restarts, e.g. decode-0."""
     incarnation: _builtins.str
@@ -62,6 +64,8 @@ class WorkerRecord(_message.Message):
     """Longest prompt plus output in tokens."""
     max_num_seqs: _builtins.int
     """Most sequences in one batch."""
+    max_adapters: _builtins.int
+    """Most adapters it can hold; 0: none."""
     @_builtins.property
     def fingerprint(self) -> _types_pb2.ModelFingerprint:
         """What its KV blocks are compatible with."""
@@ -69,6 +73,10 @@ class WorkerRecord(_message.Message):
     @_builtins.property
     def transports(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """How KV blocks may reach or leave it, best first: shm (the same host only), nixl. None means shm."""
+
+    @_builtins.property
+    def adapters(self) -> _containers.RepeatedCompositeFieldContainer[Global___HeldAdapter]:
+        """Adapters it holds."""
 
     def __init__(
         self,
@@ -86,14 +94,46 @@ class WorkerRecord(_message.Message):
         max_model_len: _builtins.int = ...,
         max_num_seqs: _builtins.int = ...,
         transports: _abc.Iterable[_builtins.str] | None = ...,
+        adapters: _abc.Iterable[Global___HeldAdapter] | None = ...,
+        max_adapters: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["fingerprint", b"fingerprint"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "engine", b"engine", "fingerprint", b"fingerprint", "host_id", b"host_id", "incarnation", b"incarnation", "max_model_len", b"max_model_len", "max_num_seqs", b"max_num_seqs", "model", b"model", "reason", b"reason", "role", b"role", "state", b"state", "transports", b"transports", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "address", b"address", "engine", b"engine", "fingerprint", b"fingerprint", "host_id", b"host_id", "incarnation", b"incarnation", "max_adapters", b"max_adapters", "max_model_len", b"max_model_len", "max_num_seqs", b"max_num_seqs", "model", b"model", "reason", b"reason", "role", b"role", "state", b"state", "transports", b"transports", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___WorkerRecord: _TypeAlias = WorkerRecord  # noqa: Y015
+
+@_typing.final
+class HeldAdapter(_message.Message):
+    """An adapter on a worker."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    REVISION_FIELD_NUMBER: _builtins.int
+    DIGEST_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Its name in API calls."""
+    revision: _builtins.int
+    """What was last asked for; new with each change."""
+    digest: _builtins.str
+    """SHA-256 over its files, lower-case hex."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        revision: _builtins.int = ...,
+        digest: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "name", b"name", "revision", b"revision"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HeldAdapter: _TypeAlias = HeldAdapter  # noqa: Y015
 
 @_typing.final
 class ModelRecord(_message.Message):
@@ -110,6 +150,8 @@ class ModelRecord(_message.Message):
     IS_DEFAULT_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
     SIGNED_BY_FIELD_NUMBER: _builtins.int
+    PARENT_FIELD_NUMBER: _builtins.int
+    TENANTS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Name in API calls."""
     digest: _builtins.str
@@ -124,6 +166,8 @@ class ModelRecord(_message.Message):
     """Version of its signed manifest; 0: it has none."""
     signed_by: _builtins.str
     """SHA-256 of the key that signed it; empty: not verified."""
+    parent: _builtins.str
+    """The model that this adapter is for; empty: it is no adapter."""
     @_builtins.property
     def capabilities(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """chat, completion, tools, json_schema, logprobs..."""
@@ -131,6 +175,10 @@ class ModelRecord(_message.Message):
     @_builtins.property
     def created_at(self) -> _timestamp_pb2.Timestamp:
         """When the record was made."""
+
+    @_builtins.property
+    def tenants(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Tenants who may use it; none: all."""
 
     def __init__(
         self,
@@ -144,10 +192,12 @@ class ModelRecord(_message.Message):
         is_default: _builtins.bool = ...,
         version: _builtins.int = ...,
         signed_by: _builtins.str = ...,
+        parent: _builtins.str = ...,
+        tenants: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["created_at", b"created_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["capabilities", b"capabilities", "created_at", b"created_at", "digest", b"digest", "dtype", b"dtype", "is_default", b"is_default", "max_model_len", b"max_model_len", "name", b"name", "signed_by", b"signed_by", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["capabilities", b"capabilities", "created_at", b"created_at", "digest", b"digest", "dtype", b"dtype", "is_default", b"is_default", "max_model_len", b"max_model_len", "name", b"name", "parent", b"parent", "signed_by", b"signed_by", "tenants", b"tenants", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -25,17 +25,17 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18inferflux/v1/types.proto\x12\x0cinferflux.v1\x1a\x1egoogle/protobuf/duration.proto\"%\n\x06Header\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t\"l\n\x08HttpCall\x12\x0e\n\x06method\x18\x01 \x01(\t\x12\x0c\n\x04path\x18\x02 \x01(\t\x12\r\n\x05query\x18\x03 \x01(\t\x12%\n\x07headers\x18\x04 \x03(\x0b\x32\x14.inferflux.v1.Header\x12\x0c\n\x04\x62ody\x18\x05 \x01(\x0c\"A\n\x08HttpHead\x12\x0e\n\x06status\x18\x01 \x01(\r\x12%\n\x07headers\x18\x02 \x03(\x0b\x32\x14.inferflux.v1.Header\"@\n\nHttpAnswer\x12$\n\x04head\x18\x01 \x01(\x0b\x32\x16.inferflux.v1.HttpHead\x12\x0c\n\x04\x62ody\x18\x02 \x01(\x0c\"\xae\x01\n\x0eRequestContext\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06tenant\x18\x02 \x01(\t\x12\x12\n\ncache_salt\x18\x03 \x01(\t\x12\x13\n\x0btraceparent\x18\x04 \x01(\t\x12,\n\ttime_left\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x10\n\x08priority\x18\x06 \x01(\x05\x12\x0f\n\x07\x63reated\x18\x07 \x01(\x03\"t\n\x10ModelFingerprint\x12\x16\n\x0eweights_digest\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\x0e\n\x06layout\x18\x03 \x01(\t\x12\x12\n\nblock_size\x18\x04 \x01(\rJ\x04\x08\x05\x10\x06R\x0ftensor_parallel\"3\n\x0bShmLocation\x12\x13\n\x0bsocket_path\x18\x01 \x01(\t\x12\x0f\n\x07host_id\x18\x02 \x01(\t\"Q\n\x08NixlPeer\x12\r\n\x05\x61gent\x18\x01 \x01(\x0c\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\x04\x12\x11\n\tnum_slots\x18\x03 \x01(\r\x12\x12\n\nslot_bytes\x18\x04 \x01(\x04\"\x89\x03\n\x08KvTicket\x12\x11\n\tticket_id\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x0e\n\x06tenant\x18\x03 \x01(\t\x12\x11\n\tworker_id\x18\x04 \x01(\t\x12\x13\n\x0bincarnation\x18\x05 \x01(\t\x12\x12\n\nsession_id\x18\x06 \x01(\t\x12\x33\n\x0b\x66ingerprint\x18\x07 \x01(\x0b\x32\x1e.inferflux.v1.ModelFingerprint\x12\x15\n\rprompt_digest\x18\x08 \x01(\x0c\x12\x12\n\nnum_tokens\x18\t \x01(\r\x12\r\n\x05slots\x18\n \x03(\r\x12\x0f\n\x07\x64igests\x18\x0b \x01(\x0c\x12\x12\n\nslot_bytes\x18\x0c \x01(\x04\x12&\n\x03shm\x18\r \x01(\x0b\x32\x19.inferflux.v1.ShmLocation\x12(\n\x05lease\x18\x0e \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x13\n\x0bgenerations\x18\x0f \x03(\r\x12\x0f\n\x07\x61\x64\x64ress\x18\x10 \x01(\t\"?\n\x0cSignedTicket\x12\x11\n\tticket_id\x18\x01 \x01(\t\x12\x0f\n\x07payload\x18\x02 \x01(\x0c\x12\x0b\n\x03mac\x18\x03 \x01(\x0c\"\x9d\x01\n\x0fPrefilledPrompt\x12\x15\n\rprompt_digest\x18\x01 \x01(\x0c\x12\x19\n\x11num_prompt_tokens\x18\x02 \x01(\r\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12*\n\x06ticket\x18\x04 \x01(\x0b\x32\x1a.inferflux.v1.SignedTicket\x12\x19\n\x11num_cached_tokens\x18\x05 \x01(\r\"\x8b\x02\n\x05Pulse\x12\x13\n\x0bincarnation\x18\x01 \x01(\t\x12(\n\x05state\x18\x02 \x01(\x0e\x32\x19.inferflux.v1.WorkerState\x12\x0c\n\x04step\x18\x03 \x01(\x04\x12\x13\n\x0bnum_running\x18\x04 \x01(\r\x12\x13\n\x0bnum_waiting\x18\x05 \x01(\r\x12\x19\n\x11num_queued_tokens\x18\x06 \x01(\x04\x12\x17\n\x0fnum_free_blocks\x18\x07 \x01(\r\x12\x12\n\nnum_blocks\x18\x08 \x01(\r\x12\x16\n\x0enum_free_slots\x18\t \x01(\r\x12\x11\n\tnum_slots\x18\n \x01(\r\x12\x18\n\x10num_live_tickets\x18\x0b \x01(\r\"P\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\"Y\n\x0b\x45rrorDetail\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x13\n\x0bhttp_status\x18\x03 \x01(\r\x12\x14\n\x0cis_retryable\x18\x04 \x01(\x08*s\n\nWorkerRole\x12\x1b\n\x17WORKER_ROLE_UNSPECIFIED\x10\x00\x12\x17\n\x13WORKER_ROLE_PREFILL\x10\x01\x12\x16\n\x12WORKER_ROLE_DECODE\x10\x02\x12\x17\n\x13WORKER_ROLE_POOLING\x10\x03*\x92\x01\n\x0bWorkerState\x12\x1c\n\x18WORKER_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15WORKER_STATE_STARTING\x10\x01\x12\x16\n\x12WORKER_STATE_READY\x10\x02\x12\x19\n\x15WORKER_STATE_DRAINING\x10\x03\x12\x17\n\x13WORKER_STATE_FAILED\x10\x04\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18inferflux/v1/types.proto\x12\x0cinferflux.v1\x1a\x1egoogle/protobuf/duration.proto\"%\n\x06Header\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t\"l\n\x08HttpCall\x12\x0e\n\x06method\x18\x01 \x01(\t\x12\x0c\n\x04path\x18\x02 \x01(\t\x12\r\n\x05query\x18\x03 \x01(\t\x12%\n\x07headers\x18\x04 \x03(\x0b\x32\x14.inferflux.v1.Header\x12\x0c\n\x04\x62ody\x18\x05 \x01(\x0c\"A\n\x08HttpHead\x12\x0e\n\x06status\x18\x01 \x01(\r\x12%\n\x07headers\x18\x02 \x03(\x0b\x32\x14.inferflux.v1.Header\"@\n\nHttpAnswer\x12$\n\x04head\x18\x01 \x01(\x0b\x32\x16.inferflux.v1.HttpHead\x12\x0c\n\x04\x62ody\x18\x02 \x01(\x0c\"\xbf\x01\n\x0eRequestContext\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06tenant\x18\x02 \x01(\t\x12\x12\n\ncache_salt\x18\x03 \x01(\t\x12\x13\n\x0btraceparent\x18\x04 \x01(\t\x12,\n\ttime_left\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x10\n\x08priority\x18\x06 \x01(\x05\x12\x0f\n\x07\x63reated\x18\x07 \x01(\x03\x12\x0f\n\x07\x61\x64\x61pter\x18\x08 \x01(\t\"\x85\x01\n\x10ModelFingerprint\x12\x16\n\x0eweights_digest\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\x0e\n\x06layout\x18\x03 \x01(\t\x12\x12\n\nblock_size\x18\x04 \x01(\r\x12\x0f\n\x07\x61\x64\x61pter\x18\x06 \x01(\tJ\x04\x08\x05\x10\x06R\x0ftensor_parallel\"3\n\x0bShmLocation\x12\x13\n\x0bsocket_path\x18\x01 \x01(\t\x12\x0f\n\x07host_id\x18\x02 \x01(\t\"Q\n\x08NixlPeer\x12\r\n\x05\x61gent\x18\x01 \x01(\x0c\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\x04\x12\x11\n\tnum_slots\x18\x03 \x01(\r\x12\x12\n\nslot_bytes\x18\x04 \x01(\x04\"\x89\x03\n\x08KvTicket\x12\x11\n\tticket_id\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x0e\n\x06tenant\x18\x03 \x01(\t\x12\x11\n\tworker_id\x18\x04 \x01(\t\x12\x13\n\x0bincarnation\x18\x05 \x01(\t\x12\x12\n\nsession_id\x18\x06 \x01(\t\x12\x33\n\x0b\x66ingerprint\x18\x07 \x01(\x0b\x32\x1e.inferflux.v1.ModelFingerprint\x12\x15\n\rprompt_digest\x18\x08 \x01(\x0c\x12\x12\n\nnum_tokens\x18\t \x01(\r\x12\r\n\x05slots\x18\n \x03(\r\x12\x0f\n\x07\x64igests\x18\x0b \x01(\x0c\x12\x12\n\nslot_bytes\x18\x0c \x01(\x04\x12&\n\x03shm\x18\r \x01(\x0b\x32\x19.inferflux.v1.ShmLocation\x12(\n\x05lease\x18\x0e \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x13\n\x0bgenerations\x18\x0f \x03(\r\x12\x0f\n\x07\x61\x64\x64ress\x18\x10 \x01(\t\"?\n\x0cSignedTicket\x12\x11\n\tticket_id\x18\x01 \x01(\t\x12\x0f\n\x07payload\x18\x02 \x01(\x0c\x12\x0b\n\x03mac\x18\x03 \x01(\x0c\"\x9d\x01\n\x0fPrefilledPrompt\x12\x15\n\rprompt_digest\x18\x01 \x01(\x0c\x12\x19\n\x11num_prompt_tokens\x18\x02 \x01(\r\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12*\n\x06ticket\x18\x04 \x01(\x0b\x32\x1a.inferflux.v1.SignedTicket\x12\x19\n\x11num_cached_tokens\x18\x05 \x01(\r\"\x8b\x02\n\x05Pulse\x12\x13\n\x0bincarnation\x18\x01 \x01(\t\x12(\n\x05state\x18\x02 \x01(\x0e\x32\x19.inferflux.v1.WorkerState\x12\x0c\n\x04step\x18\x03 \x01(\x04\x12\x13\n\x0bnum_running\x18\x04 \x01(\r\x12\x13\n\x0bnum_waiting\x18\x05 \x01(\r\x12\x19\n\x11num_queued_tokens\x18\x06 \x01(\x04\x12\x17\n\x0fnum_free_blocks\x18\x07 \x01(\r\x12\x12\n\nnum_blocks\x18\x08 \x01(\r\x12\x16\n\x0enum_free_slots\x18\t \x01(\r\x12\x11\n\tnum_slots\x18\n \x01(\r\x12\x18\n\x10num_live_tickets\x18\x0b \x01(\r\"P\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\"Y\n\x0b\x45rrorDetail\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x13\n\x0bhttp_status\x18\x03 \x01(\r\x12\x14\n\x0cis_retryable\x18\x04 \x01(\x08*s\n\nWorkerRole\x12\x1b\n\x17WORKER_ROLE_UNSPECIFIED\x10\x00\x12\x17\n\x13WORKER_ROLE_PREFILL\x10\x01\x12\x16\n\x12WORKER_ROLE_DECODE\x10\x02\x12\x17\n\x13WORKER_ROLE_POOLING\x10\x03*\x92\x01\n\x0bWorkerState\x12\x1c\n\x18WORKER_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15WORKER_STATE_STARTING\x10\x01\x12\x16\n\x12WORKER_STATE_READY\x10\x02\x12\x19\n\x15WORKER_STATE_DRAINING\x10\x03\x12\x17\n\x13WORKER_STATE_FAILED\x10\x04\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'inferflux.v1.types_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_WORKERROLE']._serialized_start=1851
-  _globals['_WORKERROLE']._serialized_end=1966
-  _globals['_WORKERSTATE']._serialized_start=1969
-  _globals['_WORKERSTATE']._serialized_end=2115
+  _globals['_WORKERROLE']._serialized_start=1886
+  _globals['_WORKERROLE']._serialized_end=2001
+  _globals['_WORKERSTATE']._serialized_start=2004
+  _globals['_WORKERSTATE']._serialized_end=2150
   _globals['_HEADER']._serialized_start=74
   _globals['_HEADER']._serialized_end=111
   _globals['_HTTPCALL']._serialized_start=113
@@ -45,23 +45,23 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_HTTPANSWER']._serialized_start=290
   _globals['_HTTPANSWER']._serialized_end=354
   _globals['_REQUESTCONTEXT']._serialized_start=357
-  _globals['_REQUESTCONTEXT']._serialized_end=531
-  _globals['_MODELFINGERPRINT']._serialized_start=533
-  _globals['_MODELFINGERPRINT']._serialized_end=649
-  _globals['_SHMLOCATION']._serialized_start=651
-  _globals['_SHMLOCATION']._serialized_end=702
-  _globals['_NIXLPEER']._serialized_start=704
-  _globals['_NIXLPEER']._serialized_end=785
-  _globals['_KVTICKET']._serialized_start=788
-  _globals['_KVTICKET']._serialized_end=1181
-  _globals['_SIGNEDTICKET']._serialized_start=1183
-  _globals['_SIGNEDTICKET']._serialized_end=1246
-  _globals['_PREFILLEDPROMPT']._serialized_start=1249
-  _globals['_PREFILLEDPROMPT']._serialized_end=1406
-  _globals['_PULSE']._serialized_start=1409
-  _globals['_PULSE']._serialized_end=1676
-  _globals['_USAGE']._serialized_start=1678
-  _globals['_USAGE']._serialized_end=1758
-  _globals['_ERRORDETAIL']._serialized_start=1760
-  _globals['_ERRORDETAIL']._serialized_end=1849
+  _globals['_REQUESTCONTEXT']._serialized_end=548
+  _globals['_MODELFINGERPRINT']._serialized_start=551
+  _globals['_MODELFINGERPRINT']._serialized_end=684
+  _globals['_SHMLOCATION']._serialized_start=686
+  _globals['_SHMLOCATION']._serialized_end=737
+  _globals['_NIXLPEER']._serialized_start=739
+  _globals['_NIXLPEER']._serialized_end=820
+  _globals['_KVTICKET']._serialized_start=823
+  _globals['_KVTICKET']._serialized_end=1216
+  _globals['_SIGNEDTICKET']._serialized_start=1218
+  _globals['_SIGNEDTICKET']._serialized_end=1281
+  _globals['_PREFILLEDPROMPT']._serialized_start=1284
+  _globals['_PREFILLEDPROMPT']._serialized_end=1441
+  _globals['_PULSE']._serialized_start=1444
+  _globals['_PULSE']._serialized_end=1711
+  _globals['_USAGE']._serialized_start=1713
+  _globals['_USAGE']._serialized_end=1793
+  _globals['_ERRORDETAIL']._serialized_start=1795
+  _globals['_ERRORDETAIL']._serialized_end=1884
 # @@protoc_insertion_point(module_scope)

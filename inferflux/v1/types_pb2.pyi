@@ -215,6 +215,7 @@ class RequestContext(_message.Message):
     TIME_LEFT_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
     CREATED_FIELD_NUMBER: _builtins.int
+    ADAPTER_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Unique for the cluster; in every log line, span and RPC."""
     tenant: _builtins.str
@@ -229,6 +230,8 @@ class RequestContext(_message.Message):
     """Unix time in seconds at which the gateway took the request: what responses say they were created at, whichever
     worker writes them.
     """
+    adapter: _builtins.str
+    """Adapter that the call names as its model; empty: the model itself."""
     @_builtins.property
     def time_left(self) -> _duration_pb2.Duration:
         """Time left until the request's one absolute deadline. Unset: none."""
@@ -243,10 +246,11 @@ class RequestContext(_message.Message):
         time_left: _duration_pb2.Duration | None = ...,
         priority: _builtins.int = ...,
         created: _builtins.int = ...,
+        adapter: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["time_left", b"time_left"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "created", b"created", "priority", b"priority", "request_id", b"request_id", "tenant", b"tenant", "time_left", b"time_left", "traceparent", b"traceparent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "cache_salt", b"cache_salt", "created", b"created", "priority", b"priority", "request_id", b"request_id", "tenant", b"tenant", "time_left", b"time_left", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -262,6 +266,7 @@ class ModelFingerprint(_message.Message):
     DTYPE_FIELD_NUMBER: _builtins.int
     LAYOUT_FIELD_NUMBER: _builtins.int
     BLOCK_SIZE_FIELD_NUMBER: _builtins.int
+    ADAPTER_FIELD_NUMBER: _builtins.int
     weights_digest: _builtins.str
     """SHA-256 over the model's files, lower-case hex."""
     dtype: _builtins.str
@@ -270,6 +275,8 @@ class ModelFingerprint(_message.Message):
     """Memory layout of a block, including the instruction set it was packed for."""
     block_size: _builtins.int
     """Tokens per KV block."""
+    adapter: _builtins.str
+    """SHA-256 of the adapter that computed the blocks, lower-case hex; empty: none did."""
     def __init__(
         self,
         *,
@@ -277,10 +284,11 @@ class ModelFingerprint(_message.Message):
         dtype: _builtins.str = ...,
         layout: _builtins.str = ...,
         block_size: _builtins.int = ...,
+        adapter: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "dtype", b"dtype", "layout", b"layout", "weights_digest", b"weights_digest"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "block_size", b"block_size", "dtype", b"dtype", "layout", b"layout", "weights_digest", b"weights_digest"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

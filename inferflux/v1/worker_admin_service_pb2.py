@@ -26,17 +26,17 @@ from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb
 from inferflux.v1 import types_pb2 as inferflux_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\'inferflux/v1/worker_admin_service.proto\x12\x0cinferflux.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x18inferflux/v1/types.proto\"9\n\x0c\x44rainRequest\x12)\n\x06\x62udget\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\"\xa9\x01\n\rDrainResponse\x12\x13\n\x0bnum_running\x18\x01 \x01(\r\x12\x18\n\x10num_live_tickets\x18\x02 \x01(\r\x12&\n\x03\x65ta\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12,\n\ttime_left\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x13\n\x0bincarnation\x18\x05 \x01(\t\"\x12\n\x10GetStatusRequest\"\xff\x01\n\x11GetStatusResponse\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12&\n\x04role\x18\x02 \x01(\x0e\x32\x18.inferflux.v1.WorkerRole\x12\"\n\x05pulse\x18\x03 \x01(\x0b\x32\x13.inferflux.v1.Pulse\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\x13\n\x0bnum_running\x18\x05 \x01(\r\x12&\n\x03\x65ta\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x12\n\nnum_tokens\x18\x07 \x01(\x04\x12*\n\x07latency\x18\x08 \x01(\x0b\x32\x19.google.protobuf.Duration\"O\n\x12ListTicketsRequest\x12*\n\x06\x66ilter\x18\x01 \x01(\x0e\x32\x1a.inferflux.v1.TicketFilter\x12\r\n\x05limit\x18\x02 \x01(\r\"\xe3\x01\n\x0cTicketRecord\x12\x11\n\tticket_id\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x0e\n\x06tenant\x18\x03 \x01(\t\x12(\n\x05state\x18\x04 \x01(\x0e\x32\x19.inferflux.v1.TicketState\x12\x11\n\tnum_bytes\x18\x05 \x01(\x04\x12&\n\x03\x61ge\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x12\n\nsession_id\x18\x07 \x01(\t\x12\x10\n\x08\x63laimant\x18\x08 \x01(\t\x12\x11\n\tis_leaked\x18\t \x01(\x08\"\xeb\x01\n\x13ListTicketsResponse\x12+\n\x07tickets\x18\x01 \x03(\x0b\x32\x1a.inferflux.v1.TicketRecord\x12\x12\n\nnum_issued\x18\x02 \x01(\x04\x12\x14\n\x0cnum_released\x18\x03 \x01(\x04\x12\x13\n\x0bnum_expired\x18\x04 \x01(\x04\x12\x13\n\x0bnum_revoked\x18\x05 \x01(\x04\x12\x10\n\x08num_live\x18\x06 \x01(\x04\x12\x12\n\nnum_leaked\x18\x07 \x01(\x04\x12\x18\n\x10num_leaked_slots\x18\x08 \x01(\x04\x12\x13\n\x0bincarnation\x18\t \x01(\t\"K\n\x10ProbePathRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\"e\n\x11ProbePathResponse\x12\x11\n\ttransport\x18\x01 \x01(\t\x12\x11\n\tnum_bytes\x18\x02 \x01(\x04\x12*\n\x07\x65lapsed\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration*_\n\x0cTicketFilter\x12\x1d\n\x19TICKET_FILTER_UNSPECIFIED\x10\x00\x12\x16\n\x12TICKET_FILTER_LIVE\x10\x01\x12\x18\n\x14TICKET_FILTER_LEAKED\x10\x02*\xc9\x01\n\x0bTicketState\x12\x1c\n\x18TICKET_STATE_UNSPECIFIED\x10\x00\x12\x17\n\x13TICKET_STATE_ISSUED\x10\x01\x12\x18\n\x14TICKET_STATE_CLAIMED\x10\x02\x12\x1a\n\x16TICKET_STATE_COMMITTED\x10\x03\x12\x19\n\x15TICKET_STATE_RELEASED\x10\x04\x12\x18\n\x14TICKET_STATE_EXPIRED\x10\x05\x12\x18\n\x14TICKET_STATE_REVOKED\x10\x06\x32\xc6\x02\n\x12WorkerAdminService\x12@\n\x05\x44rain\x12\x1a.inferflux.v1.DrainRequest\x1a\x1b.inferflux.v1.DrainResponse\x12L\n\tGetStatus\x12\x1e.inferflux.v1.GetStatusRequest\x1a\x1f.inferflux.v1.GetStatusResponse\x12R\n\x0bListTickets\x12 .inferflux.v1.ListTicketsRequest\x1a!.inferflux.v1.ListTicketsResponse\x12L\n\tProbePath\x12\x1e.inferflux.v1.ProbePathRequest\x1a\x1f.inferflux.v1.ProbePathResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\'inferflux/v1/worker_admin_service.proto\x12\x0cinferflux.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x18inferflux/v1/types.proto\"9\n\x0c\x44rainRequest\x12)\n\x06\x62udget\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\"\xa9\x01\n\rDrainResponse\x12\x13\n\x0bnum_running\x18\x01 \x01(\r\x12\x18\n\x10num_live_tickets\x18\x02 \x01(\r\x12&\n\x03\x65ta\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12,\n\ttime_left\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x13\n\x0bincarnation\x18\x05 \x01(\t\"\x12\n\x10GetStatusRequest\"\x95\x02\n\x11GetStatusResponse\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12&\n\x04role\x18\x02 \x01(\x0e\x32\x18.inferflux.v1.WorkerRole\x12\"\n\x05pulse\x18\x03 \x01(\x0b\x32\x13.inferflux.v1.Pulse\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\x13\n\x0bnum_running\x18\x05 \x01(\r\x12&\n\x03\x65ta\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x12\n\nnum_tokens\x18\x07 \x01(\x04\x12*\n\x07latency\x18\x08 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x14\n\x0cnum_gateways\x18\t \x01(\r\"O\n\x12ListTicketsRequest\x12*\n\x06\x66ilter\x18\x01 \x01(\x0e\x32\x1a.inferflux.v1.TicketFilter\x12\r\n\x05limit\x18\x02 \x01(\r\"\xe3\x01\n\x0cTicketRecord\x12\x11\n\tticket_id\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x0e\n\x06tenant\x18\x03 \x01(\t\x12(\n\x05state\x18\x04 \x01(\x0e\x32\x19.inferflux.v1.TicketState\x12\x11\n\tnum_bytes\x18\x05 \x01(\x04\x12&\n\x03\x61ge\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x12\n\nsession_id\x18\x07 \x01(\t\x12\x10\n\x08\x63laimant\x18\x08 \x01(\t\x12\x11\n\tis_leaked\x18\t \x01(\x08\"\xeb\x01\n\x13ListTicketsResponse\x12+\n\x07tickets\x18\x01 \x03(\x0b\x32\x1a.inferflux.v1.TicketRecord\x12\x12\n\nnum_issued\x18\x02 \x01(\x04\x12\x14\n\x0cnum_released\x18\x03 \x01(\x04\x12\x13\n\x0bnum_expired\x18\x04 \x01(\x04\x12\x13\n\x0bnum_revoked\x18\x05 \x01(\x04\x12\x10\n\x08num_live\x18\x06 \x01(\x04\x12\x12\n\nnum_leaked\x18\x07 \x01(\x04\x12\x18\n\x10num_leaked_slots\x18\x08 \x01(\x04\x12\x13\n\x0bincarnation\x18\t \x01(\t\"K\n\x10ProbePathRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\"e\n\x11ProbePathResponse\x12\x11\n\ttransport\x18\x01 \x01(\t\x12\x11\n\tnum_bytes\x18\x02 \x01(\x04\x12*\n\x07\x65lapsed\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\"W\n\x12LoadAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06source\x18\x02 \x01(\t\x12\x10\n\x08revision\x18\x03 \x01(\x04\x12\x11\n\tis_pinned\x18\x04 \x01(\x08\"%\n\x13LoadAdapterResponse\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\"$\n\x14UnloadAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x17\n\x15UnloadAdapterResponse*_\n\x0cTicketFilter\x12\x1d\n\x19TICKET_FILTER_UNSPECIFIED\x10\x00\x12\x16\n\x12TICKET_FILTER_LIVE\x10\x01\x12\x18\n\x14TICKET_FILTER_LEAKED\x10\x02*\xc9\x01\n\x0bTicketState\x12\x1c\n\x18TICKET_STATE_UNSPECIFIED\x10\x00\x12\x17\n\x13TICKET_STATE_ISSUED\x10\x01\x12\x18\n\x14TICKET_STATE_CLAIMED\x10\x02\x12\x1a\n\x16TICKET_STATE_COMMITTED\x10\x03\x12\x19\n\x15TICKET_STATE_RELEASED\x10\x04\x12\x18\n\x14TICKET_STATE_EXPIRED\x10\x05\x12\x18\n\x14TICKET_STATE_REVOKED\x10\x06\x32\xf4\x03\n\x12WorkerAdminService\x12@\n\x05\x44rain\x12\x1a.inferflux.v1.DrainRequest\x1a\x1b.inferflux.v1.DrainResponse\x12L\n\tGetStatus\x12\x1e.inferflux.v1.GetStatusRequest\x1a\x1f.inferflux.v1.GetStatusResponse\x12R\n\x0bListTickets\x12 .inferflux.v1.ListTicketsRequest\x1a!.inferflux.v1.ListTicketsResponse\x12L\n\tProbePath\x12\x1e.inferflux.v1.ProbePathRequest\x1a\x1f.inferflux.v1.ProbePathResponse\x12R\n\x0bLoadAdapter\x12 .inferflux.v1.LoadAdapterRequest\x1a!.inferflux.v1.LoadAdapterResponse\x12X\n\rUnloadAdapter\x12\".inferflux.v1.UnloadAdapterRequest\x1a#.inferflux.v1.UnloadAdapterResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'inferflux.v1.worker_admin_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_TICKETFILTER']._serialized_start=1353
-  _globals['_TICKETFILTER']._serialized_end=1448
-  _globals['_TICKETSTATE']._serialized_start=1451
-  _globals['_TICKETSTATE']._serialized_end=1652
+  _globals['_TICKETFILTER']._serialized_start=1566
+  _globals['_TICKETFILTER']._serialized_end=1661
+  _globals['_TICKETSTATE']._serialized_start=1664
+  _globals['_TICKETSTATE']._serialized_end=1865
   _globals['_DRAINREQUEST']._serialized_start=115
   _globals['_DRAINREQUEST']._serialized_end=172
   _globals['_DRAINRESPONSE']._serialized_start=175
@@ -44,17 +44,25 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETSTATUSREQUEST']._serialized_start=346
   _globals['_GETSTATUSREQUEST']._serialized_end=364
   _globals['_GETSTATUSRESPONSE']._serialized_start=367
-  _globals['_GETSTATUSRESPONSE']._serialized_end=622
-  _globals['_LISTTICKETSREQUEST']._serialized_start=624
-  _globals['_LISTTICKETSREQUEST']._serialized_end=703
-  _globals['_TICKETRECORD']._serialized_start=706
-  _globals['_TICKETRECORD']._serialized_end=933
-  _globals['_LISTTICKETSRESPONSE']._serialized_start=936
-  _globals['_LISTTICKETSRESPONSE']._serialized_end=1171
-  _globals['_PROBEPATHREQUEST']._serialized_start=1173
-  _globals['_PROBEPATHREQUEST']._serialized_end=1248
-  _globals['_PROBEPATHRESPONSE']._serialized_start=1250
-  _globals['_PROBEPATHRESPONSE']._serialized_end=1351
-  _globals['_WORKERADMINSERVICE']._serialized_start=1655
-  _globals['_WORKERADMINSERVICE']._serialized_end=1981
+  _globals['_GETSTATUSRESPONSE']._serialized_end=644
+  _globals['_LISTTICKETSREQUEST']._serialized_start=646
+  _globals['_LISTTICKETSREQUEST']._serialized_end=725
+  _globals['_TICKETRECORD']._serialized_start=728
+  _globals['_TICKETRECORD']._serialized_end=955
+  _globals['_LISTTICKETSRESPONSE']._serialized_start=958
+  _globals['_LISTTICKETSRESPONSE']._serialized_end=1193
+  _globals['_PROBEPATHREQUEST']._serialized_start=1195
+  _globals['_PROBEPATHREQUEST']._serialized_end=1270
+  _globals['_PROBEPATHRESPONSE']._serialized_start=1272
+  _globals['_PROBEPATHRESPONSE']._serialized_end=1373
+  _globals['_LOADADAPTERREQUEST']._serialized_start=1375
+  _globals['_LOADADAPTERREQUEST']._serialized_end=1462
+  _globals['_LOADADAPTERRESPONSE']._serialized_start=1464
+  _globals['_LOADADAPTERRESPONSE']._serialized_end=1501
+  _globals['_UNLOADADAPTERREQUEST']._serialized_start=1503
+  _globals['_UNLOADADAPTERREQUEST']._serialized_end=1539
+  _globals['_UNLOADADAPTERRESPONSE']._serialized_start=1541
+  _globals['_UNLOADADAPTERRESPONSE']._serialized_end=1564
+  _globals['_WORKERADMINSERVICE']._serialized_start=1868
+  _globals['_WORKERADMINSERVICE']._serialized_end=2368
 # @@protoc_insertion_point(module_scope)

@@ -55,6 +55,16 @@ class WorkerAdminServiceStub:
                 request_serializer=inferflux_dot_v1_dot_worker__admin__service__pb2.ProbePathRequest.SerializeToString,
                 response_deserializer=inferflux_dot_v1_dot_worker__admin__service__pb2.ProbePathResponse.FromString,
                 _registered_method=True)
+        self.LoadAdapter = channel.unary_unary(
+                '/inferflux.v1.WorkerAdminService/LoadAdapter',
+                request_serializer=inferflux_dot_v1_dot_worker__admin__service__pb2.LoadAdapterRequest.SerializeToString,
+                response_deserializer=inferflux_dot_v1_dot_worker__admin__service__pb2.LoadAdapterResponse.FromString,
+                _registered_method=True)
+        self.UnloadAdapter = channel.unary_unary(
+                '/inferflux.v1.WorkerAdminService/UnloadAdapter',
+                request_serializer=inferflux_dot_v1_dot_worker__admin__service__pb2.UnloadAdapterRequest.SerializeToString,
+                response_deserializer=inferflux_dot_v1_dot_worker__admin__service__pb2.UnloadAdapterResponse.FromString,
+                _registered_method=True)
 
 
 class WorkerAdminServiceServicer:
@@ -89,6 +99,20 @@ class WorkerAdminServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def LoadAdapter(self, request, context):
+        """Loads an adapter, or a changed one in place of the one of this name: requests that run keep theirs. Idempotent.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UnloadAdapter(self, request, context):
+        """Lets an adapter go when the requests that use it are over. Idempotent.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_WorkerAdminServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -111,6 +135,16 @@ def add_WorkerAdminServiceServicer_to_server(servicer, server):
                     servicer.ProbePath,
                     request_deserializer=inferflux_dot_v1_dot_worker__admin__service__pb2.ProbePathRequest.FromString,
                     response_serializer=inferflux_dot_v1_dot_worker__admin__service__pb2.ProbePathResponse.SerializeToString,
+            ),
+            'LoadAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.LoadAdapter,
+                    request_deserializer=inferflux_dot_v1_dot_worker__admin__service__pb2.LoadAdapterRequest.FromString,
+                    response_serializer=inferflux_dot_v1_dot_worker__admin__service__pb2.LoadAdapterResponse.SerializeToString,
+            ),
+            'UnloadAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.UnloadAdapter,
+                    request_deserializer=inferflux_dot_v1_dot_worker__admin__service__pb2.UnloadAdapterRequest.FromString,
+                    response_serializer=inferflux_dot_v1_dot_worker__admin__service__pb2.UnloadAdapterResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -222,6 +256,60 @@ class WorkerAdminService:
             '/inferflux.v1.WorkerAdminService/ProbePath',
             inferflux_dot_v1_dot_worker__admin__service__pb2.ProbePathRequest.SerializeToString,
             inferflux_dot_v1_dot_worker__admin__service__pb2.ProbePathResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def LoadAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/inferflux.v1.WorkerAdminService/LoadAdapter',
+            inferflux_dot_v1_dot_worker__admin__service__pb2.LoadAdapterRequest.SerializeToString,
+            inferflux_dot_v1_dot_worker__admin__service__pb2.LoadAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UnloadAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/inferflux.v1.WorkerAdminService/UnloadAdapter',
+            inferflux_dot_v1_dot_worker__admin__service__pb2.UnloadAdapterRequest.SerializeToString,
+            inferflux_dot_v1_dot_worker__admin__service__pb2.UnloadAdapterResponse.FromString,
             options,
             channel_credentials,
             insecure,

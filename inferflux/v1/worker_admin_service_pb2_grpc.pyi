@@ -41,6 +41,10 @@ class WorkerAdminServiceStub:
     """Tickets of a prefill worker."""
     ProbePath: _grpc.UnaryUnaryMultiCallable[_worker_admin_service_pb2.ProbePathRequest, _worker_admin_service_pb2.ProbePathResponse]
     """Lets a decode worker read from a prefill worker's arena, to see how and how fast that works."""
+    LoadAdapter: _grpc.UnaryUnaryMultiCallable[_worker_admin_service_pb2.LoadAdapterRequest, _worker_admin_service_pb2.LoadAdapterResponse]
+    """Loads an adapter, or a changed one in place of the one of this name: requests that run keep theirs. Idempotent."""
+    UnloadAdapter: _grpc.UnaryUnaryMultiCallable[_worker_admin_service_pb2.UnloadAdapterRequest, _worker_admin_service_pb2.UnloadAdapterResponse]
+    """Lets an adapter go when the requests that use it are over. Idempotent."""
 
 @_typing.type_check_only
 class WorkerAdminServiceAsyncStub(WorkerAdminServiceStub):
@@ -55,6 +59,10 @@ class WorkerAdminServiceAsyncStub(WorkerAdminServiceStub):
     """Tickets of a prefill worker."""
     ProbePath: _aio.UnaryUnaryMultiCallable[_worker_admin_service_pb2.ProbePathRequest, _worker_admin_service_pb2.ProbePathResponse]  # type: ignore[assignment]
     """Lets a decode worker read from a prefill worker's arena, to see how and how fast that works."""
+    LoadAdapter: _aio.UnaryUnaryMultiCallable[_worker_admin_service_pb2.LoadAdapterRequest, _worker_admin_service_pb2.LoadAdapterResponse]  # type: ignore[assignment]
+    """Loads an adapter, or a changed one in place of the one of this name: requests that run keep theirs. Idempotent."""
+    UnloadAdapter: _aio.UnaryUnaryMultiCallable[_worker_admin_service_pb2.UnloadAdapterRequest, _worker_admin_service_pb2.UnloadAdapterResponse]  # type: ignore[assignment]
+    """Lets an adapter go when the requests that use it are over. Idempotent."""
 
 class WorkerAdminServiceServicer(metaclass=_abc_1.ABCMeta):
     """Operations on one worker. Callers: operator, registry, gateway (on behalf of an admin)."""
@@ -90,5 +98,21 @@ class WorkerAdminServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_worker_admin_service_pb2.ProbePathResponse, _abc.Awaitable[_worker_admin_service_pb2.ProbePathResponse]]:
         """Lets a decode worker read from a prefill worker's arena, to see how and how fast that works."""
+
+    @_abc_1.abstractmethod
+    def LoadAdapter(
+        self,
+        request: _worker_admin_service_pb2.LoadAdapterRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_worker_admin_service_pb2.LoadAdapterResponse, _abc.Awaitable[_worker_admin_service_pb2.LoadAdapterResponse]]:
+        """Loads an adapter, or a changed one in place of the one of this name: requests that run keep theirs. Idempotent."""
+
+    @_abc_1.abstractmethod
+    def UnloadAdapter(
+        self,
+        request: _worker_admin_service_pb2.UnloadAdapterRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_worker_admin_service_pb2.UnloadAdapterResponse, _abc.Awaitable[_worker_admin_service_pb2.UnloadAdapterResponse]]:
+        """Lets an adapter go when the requests that use it are over. Idempotent."""
 
 def add_WorkerAdminServiceServicer_to_server(servicer: WorkerAdminServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

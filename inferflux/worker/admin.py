@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import grpc
 
-from inferflux.errors import InvalidRequest
+from inferflux.errors import Conflict, InvalidRequest
 from inferflux.tickets import TicketRecord, TicketState
 from inferflux.types import ROLE_TO_PROTO
 from inferflux.v1 import worker_admin_service_pb2 as pb
 from inferflux.v1.worker_admin_service_pb2_grpc import WorkerAdminServiceServicer
+from inferflux.worker.adapters import Adapters
+from inferflux.worker.leases import SessionLeases
 from inferflux.worker.ledger import Audit, Ledger
 from inferflux.worker.worker import Worker
 
@@ -31,9 +34,10 @@ Context = grpc.aio.ServicerContext[Any, Any]
 class AdminServicer(WorkerAdminServiceServicer):
     """Callers are authorised by the server (see CALLERS) before anything here runs."""
 
-    def __init__(self, worker: Worker, ledger: Ledger | None) -> None:
+    def __init__(self, worker: Worker, ledger: Ledger | None, leases: SessionLeases) -> None:
         self._worker = worker
         self._ledger = ledger
+        self._leases = leases
 
     async def Drain(self, request: pb.DrainRequest, context: Context) -> pb.DrainResponse:  # noqa: N802
         worker = self._worker
@@ -59,6 +63,7 @@ class AdminServicer(WorkerAdminServiceServicer):
             reason=lifecycle.readiness().reason,
             num_running=self._worker.work.num_running,
             num_tokens=self._worker.meter.num_tokens,
+            num_gateways=self._leases.num_open,
         )
         if eta_s is not None:
             response.eta.FromTimedelta(timedelta(seconds=eta_s))
@@ -95,6 +100,28 @@ class AdminServicer(WorkerAdminServiceServicer):
         response = pb.ProbePathResponse(transport=probe.transport, num_bytes=probe.num_bytes)
         response.elapsed.FromTimedelta(timedelta(seconds=probe.elapsed_s))
         return response
+
+    async def LoadAdapter(  # noqa: N802
+        self, request: pb.LoadAdapterRequest, context: Context
+    ) -> pb.LoadAdapterResponse:
+        source = Path(request.source)
+        if not source.is_absolute():
+            raise InvalidRequest(f"source: {request.source[:256]!r} is no absolute path", param="source")
+        load = _adapters(self._worker).load
+        digest = await load(request.name, source, request.revision, is_pinned=request.is_pinned)
+        return pb.LoadAdapterResponse(digest=digest)
+
+    async def UnloadAdapter(  # noqa: N802
+        self, request: pb.UnloadAdapterRequest, context: Context
+    ) -> pb.UnloadAdapterResponse:
+        await _adapters(self._worker).unload(request.name)
+        return pb.UnloadAdapterResponse()
+
+
+def _adapters(worker: Worker) -> Adapters:
+    if worker.adapters is None:
+        raise Conflict("this worker holds no adapters")
+    return worker.adapters
 
 
 def _budget_s(request: pb.DrainRequest) -> float | None:

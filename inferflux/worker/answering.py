@@ -66,7 +66,9 @@ class Answerer:
 
     async def _run(self, request: DecodeRequest, record: RequestRecord, post: Post) -> None:
         context = request.context
-        with logs.request_id(context.request_id), self._worker.work.running():
+        running, adapted = self._worker.work.running(), self._worker.using(context)
+        with logs.request_id(context.request_id), running, adapted as context:
+            request = replace(request, context=context)
             if failpoints.ON:
                 failpoints.hit("decode.start")
             sources, refused = self._gate.admit(context, request.prompts)

@@ -22,6 +22,11 @@ class SessionLeases:
         self._num_open: Counter[str] = Counter()
         self._ends: dict[str, asyncio.TimerHandle] = {}
 
+    @property
+    def num_open(self) -> int:
+        """How many sessions have a stream."""
+        return len(self._num_open)
+
     @contextmanager
     def open(self, session_id: str) -> Iterator[None]:
         """Wrap one stream of a session."""

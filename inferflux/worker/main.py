@@ -42,8 +42,10 @@ from inferflux.tickets import Claimant, Issuer, TicketBook
 from inferflux.types import Role, Transport
 from inferflux.v1.worker_admin_service_pb2_grpc import add_WorkerAdminServiceServicer_to_server
 from inferflux.worker import admin
+from inferflux.worker.adapters import Adapters
 from inferflux.worker.claims import Claims
 from inferflux.worker.drain import Drain
+from inferflux.worker.leases import SessionLeases
 from inferflux.worker.ledger import Ledger, measure
 from inferflux.worker.meter import Meter
 from inferflux.worker.model import LoadableModel, open_model
@@ -68,6 +70,11 @@ class Part(ABC):
     callers: Mapping[str, frozenset[str]]
     ledger: Ledger | None = None
     """Prefill workers have one."""
+
+    @property
+    @abstractmethod
+    def leases(self) -> SessionLeases:
+        """The gateways that are connected."""
 
     @abstractmethod
     def add_to(self, server: grpc.aio.Server) -> None:
@@ -128,7 +135,7 @@ class WorkerProcess:
         async with self._worker(lifecycle, identity, ticket_key, model) as worker, Tasks() as tasks:
             part = self._make_part(worker, tasks)
             server = RpcServer(identity, self._settings.bind, {**admin.CALLERS, **part.callers})
-            add_WorkerAdminServiceServicer_to_server(admin.AdminServicer(worker, part.ledger), server.grpc)
+            add_WorkerAdminServiceServicer_to_server(admin.AdminServicer(worker, part.ledger, part.leases), server.grpc)
             part.add_to(server.grpc)
             address = await server.start()
             if worker.book is not None:
@@ -138,6 +145,8 @@ class WorkerProcess:
                 tasks.spawn(_guard(worker), "engine-watch")
                 request = partial(worker_request, worker, address)
                 async with _registered(self._settings, lifecycle, request, identity, tasks) as announce:
+                    if worker.adapters is not None:
+                        worker.adapters.on_change = announce
                     await _prove(worker)
                     announce()
                     await lifecycle.draining.wait()
@@ -171,7 +180,10 @@ class WorkerProcess:
             info = replace(info, capabilities=model.capable_of(info.capabilities))
             book, nixl_server = await self._serve_arena(lifecycle, info, ticket_key, prefixes, stack)
             _log_transports(self._settings.transports)
+            adapters = Adapters(engine, self._settings, self._role)
+            stack.callback(adapters.close)
             yield Worker(
+                adapters=adapters,
                 role=self._role,
                 settings=self._settings,
                 lifecycle=lifecycle,

@@ -46,10 +46,11 @@ class Prefiller:
 
     async def prefill(self, context: RequestContext, call: HttpCall, session_id: str) -> Prompts | HttpAnswer:
         """Compute the prompts of a call and issue their tickets. Cancelling frees everything."""
-        with self._running(context, call) as record, self._book.prefilling():
+        running, adapting = self._running(context, call), self._worker.using(context)
+        with running as record, self._book.prefilling(), adapting as adapted:
             if failpoints.ON:
                 failpoints.hit("prefill.start")
-            result = await self._compute(context, call)
+            result = await self._compute(adapted, call)
             if isinstance(result, HttpAnswer):
                 record.status = result.head.status
                 return result
@@ -58,7 +59,7 @@ class Prefiller:
                     failpoints.hit("prefill.computed")
                 # The session's stream may not be open yet: its tickets get the grace.
                 self._leases.touch(session_id)
-                prompts = tuple(self._prefilled(context, session_id, prompt) for prompt in computed)
+                prompts = tuple(self._prefilled(adapted, session_id, prompt) for prompt in computed)
             if failpoints.ON:
                 failpoints.hit("ticket.issued")
             return Prompts(prompts, result.engine_s)
@@ -69,8 +70,9 @@ class Prefiller:
         `pin` keeps them under this name until `unpin`. Raises InvalidRequest when there is nothing to keep, Conflict
         when the pins' quota is used up.
         """
-        with self._running(context, call) as record, self._book.prefilling():
-            result = await self._compute(context, call)
+        running, adapting = self._running(context, call), self._worker.using(context)
+        with running as record, self._book.prefilling(), adapting as adapted:
+            result = await self._compute(adapted, call)
             if isinstance(result, HttpAnswer):
                 record.status = result.head.status
                 return result

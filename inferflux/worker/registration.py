@@ -100,6 +100,11 @@ def worker_request(worker: Worker, address: str) -> pb.RegisterWorkerRequest:
         max_model_len=info.max_model_len,
         max_num_seqs=info.max_num_seqs,
         transports=worker.settings.transports,
+        max_adapters=worker.settings.max_adapters,
+        adapters=[
+            pb.HeldAdapter(name=held.name, revision=held.revision, digest=held.digest)
+            for held in (worker.adapters.held if worker.adapters else ())
+        ],
     )
     model = pb.ModelRecord(
         name=info.model,

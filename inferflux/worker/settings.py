@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from inferflux.worker.model import LoadableModel
 
 # Real steps can take seconds (a long prompt on a CPU), simulated ones take milliseconds.
+MAX_ADAPTERS = 256
+ADAPTER_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 WEDGED_AFTER_S = {"vllm": 30.0, "sim": 2.0}
 
 
@@ -80,6 +82,10 @@ class WorkerSettings(CommonSettings):
     """CPU time that compiling one grammar of structured output (a JSON schema, a regular expression) may take."""
     grammar_memory_bytes: int = 256 * MIB
     """Memory that compiling one grammar of structured output may take."""
+    max_adapters: int = 0
+    """Most LoRA adapters that the engine can hold; 0: none, which computes a little faster."""
+    max_adapter_rank: int = 16
+    """Highest rank of an adapter: 1, 8, 16, 32, 64, 128, 256, 320 or 512."""
     sim_profile: Path | None = None
     """Sizes and latencies of the simulated engine."""
     numerics_reference: Path | None = None
@@ -108,7 +114,15 @@ class WorkerSettings(CommonSettings):
             if (value := getattr(self, name)) < 1:
                 raise ValueError(f"INFERFLUX_{name.upper()}: {value} is not at least 1")
         parse_cores(self.cpu_cores)
+        self._check_adapters()
         self._check_parallelism()
+
+    def _check_adapters(self) -> None:
+        if not 0 <= self.max_adapters <= MAX_ADAPTERS:
+            raise ValueError(f"INFERFLUX_MAX_ADAPTERS: {self.max_adapters} is not from 0 to {MAX_ADAPTERS}")
+        if self.max_adapter_rank not in ADAPTER_RANKS:
+            ranks = ", ".join(map(str, ADAPTER_RANKS))
+            raise ValueError(f"INFERFLUX_MAX_ADAPTER_RANK: {self.max_adapter_rank} is none of {ranks}")
 
     def _check_parallelism(self) -> None:
         sizes = {name: getattr(self, name) for name in ("tensor_parallel", "pipeline_parallel", "data_parallel")}
@@ -164,6 +178,8 @@ class WorkerSettings(CommonSettings):
             numerics_reference=model.numerics_reference,
             sim_profile=self.sim_profile,
             grammar_limits=GrammarLimits(self.grammar_cpu_s, self.grammar_memory_bytes),
+            max_adapters=self.max_adapters,
+            max_adapter_rank=self.max_adapter_rank,
         )
 
 

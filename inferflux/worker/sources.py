@@ -40,6 +40,6 @@ class TicketGate:
             request_id=context.request_id,
             tenant=context.tenant,
             prompt_digest=prompt.prompt_digest,
-            fingerprint=self._fingerprint,
+            fingerprint=replace(self._fingerprint, adapter=context.adapter_digest),
         )
         return replace(ticket.to_source(prompt.token_ids), num_cached_tokens=prompt.num_cached_tokens)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from inferflux.engine.base import Engine, EngineInfo
@@ -12,7 +14,8 @@ from inferflux.kv.prefixes import PrefixStore
 from inferflux.lifecycle import Lifecycle
 from inferflux.telemetry import metrics
 from inferflux.tickets import TicketBook, TicketState
-from inferflux.types import Pulse, Role, State
+from inferflux.types import Pulse, RequestContext, Role, State
+from inferflux.worker.adapters import Adapters
 from inferflux.worker.claims import Claims
 from inferflux.worker.drain import Drain
 from inferflux.worker.eta import left_s
@@ -52,6 +55,16 @@ class Worker:
     prefixes: PrefixStore | None = None
     tally: PrefixTally | None = None
     model: LoadableModel = field(default_factory=LoadableModel)
+    adapters: Adapters | None = None
+
+    @contextmanager
+    def using(self, context: RequestContext) -> Iterator[RequestContext]:
+        """See Adapters.using; without adapters a context is as it came."""
+        if self.adapters is None:
+            yield context
+            return
+        with self.adapters.using(context) as adapted:
+            yield adapted
 
     @property
     def state(self) -> State:

@@ -11,6 +11,7 @@ from inferflux.process import Tasks
 from inferflux.types import Role
 from inferflux.v1.decode_service_pb2_grpc import add_DecodeServiceServicer_to_server
 from inferflux.worker.answering import Answerer
+from inferflux.worker.leases import SessionLeases
 from inferflux.worker.main import Part
 from inferflux.worker.main import main as run_worker
 from inferflux.worker.sessions import Sessions
@@ -26,6 +27,10 @@ class DecodePart(Part):
     def __init__(self, worker: Worker, tasks: Tasks) -> None:
         self._sessions = Sessions(Answerer(worker, worker.claims), tasks, worker.pulse)
         self._servicer = DecodeServicer(self._sessions, worker.lifecycle.incarnation)
+
+    @property
+    def leases(self) -> SessionLeases:
+        return self._sessions.leases
 
     def add_to(self, server: grpc.aio.Server) -> None:
         add_DecodeServiceServicer_to_server(self._servicer, server)

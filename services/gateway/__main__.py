@@ -20,6 +20,7 @@ from inferflux.process import Tasks, fail, run
 from inferflux.rpc.client import open_channel
 from inferflux.rpc.mtls import Identity
 from inferflux.telemetry.logs import LineLog
+from services.gateway.adapters_api import AdaptersApi
 from services.gateway.admin import AdminApi
 from services.gateway.app import create_app
 from services.gateway.audit_api import AuditApi, AuditTrail
@@ -37,6 +38,7 @@ from services.gateway.idempotency import Idempotency, Records
 from services.gateway.inference import Inference
 from services.gateway.jwks import KeySources
 from services.gateway.limits_client import LimitsClient
+from services.gateway.models_api import ModelsApi
 from services.gateway.policy import Policies, identity_of, limits_of
 from services.gateway.policy_api import PolicyApi
 from services.gateway.policy_documents import PolicyDocuments
@@ -119,9 +121,11 @@ async def serve(settings: Settings, sock: socket.socket, lifecycle: Lifecycle) -
         documents_apis = PolicyApi(documents, policy.reached), PolicyViews(documents, policy.reached), AuditApi(trail)
         cache = CacheApi(inference.auth, pool, partial(cache_salt, tenant_key))
         usage = UsageApi(limits_client, lambda: limits_of(policy.value))
+        models, adapters = ModelsApi(registry_channel), AdaptersApi(registry_channel)
         guardrails = GuardrailsApi(lambda: policy.value, referees)
         rehearsals = RehearsalApi(lambda: policy.value, referees)
-        apis = (admin, cache, *documents_apis, usage, PoolsApi(registry_channel), guardrails, rehearsals)
+        pools = PoolsApi(registry_channel)
+        apis = (admin, cache, *documents_apis, usage, pools, models, adapters, guardrails, rehearsals)
         app = create_app(idempotency, apis, pool.models, lifecycle)
         lifecycle.add_readiness("policy", lambda: None if policy.value is not None else "not heard yet")
         lifecycle.add_readiness("workers", pool.objection)

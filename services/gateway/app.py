@@ -31,8 +31,9 @@ from services.gateway.inference import Inference, new_request_id
 from services.gateway.resumption import STREAMS, Resumption
 from services.gateway.views import Model
 
-Models = Callable[[Allowance], tuple[Model, ...]]
+Models = Callable[[Allowance, str | None], tuple[Model, ...]]
 _log = logging.getLogger(__name__)
+NAMED = ("/v1/models/", "/v1/admin/models/", "/v1/admin/adapters/")
 _BY_PROXY = ("forwarded", "x-forwarded-for", "via")
 
 
@@ -126,7 +127,7 @@ def _spelled(path: str, raw_path: bytes) -> str:
     Names of models may have any characters, a slash as `%2F` among them.
     """
     written = raw_path.decode("latin-1")
-    is_plain = quote(path, safe="/:@!$&'()*+,;=~") == written or written.startswith("/v1/models/")
+    is_plain = quote(path, safe="/:@!$&'()*+,;=~") == written or written.startswith(NAMED)
     return path if is_plain else written
 
 
@@ -168,10 +169,10 @@ def _model_routes(models: Models) -> APIRouter:
     router = APIRouter()
 
     async def list_models(request: Request) -> Response:
-        return respond({"object": "list", "data": [_model(model) for model in models(_allowance(request))]})
+        return respond({"object": "list", "data": [_model(model) for model in models(*_asker(request))]})
 
     async def get_model(request: Request, name: str) -> Response:
-        for model in models(_allowance(request)):
+        for model in models(*_asker(request)):
             if model.name == name:
                 return respond(_model(model))
         raise ModelNotFound(f"the model {name!r} does not exist", param="model")
@@ -181,9 +182,10 @@ def _model_routes(models: Models) -> APIRouter:
     return router
 
 
-def _allowance(request: Request) -> Allowance:
+def _asker(request: Request) -> tuple[Allowance, str | None]:
+    """Who asks: what the key may use, and its tenant."""
     principal: Principal = request.state.principal
-    return principal.allowance
+    return principal.allowance, principal.tenant
 
 
 def _model(model: Model) -> dict[str, Any]:
@@ -199,6 +201,7 @@ def _model(model: Model) -> dict[str, Any]:
         "is_default": model.is_default,
         "version": model.version or None,
         "signed_by": model.signed_by or None,
+        "parent": model.parent or None,
         "failed_workers": [{"id": worker.worker_id, "reason": worker.reason} for worker in model.failed_workers],
     }
 

@@ -41,6 +41,7 @@ class Call:
 
     The fields from `phase` on change as it proceeds. `journal`: what it has of its response. `is_recalled`: some of
     that has been sent through another connection. `guard`: what looks at what is said, if anything does.
+    `parent`: the model whose workers serve it, if `model` is an adapter.
     """
 
     request_id: str
@@ -53,6 +54,7 @@ class Call:
     policy: Policy = field(default_factory=Policy)
     created_s: int = 0
     is_recalled: bool = False
+    parent: str = ""
     traceparent: str = ""
     phase: Phase = Phase.ROUTING
     prefill_worker: str = ""
@@ -73,6 +75,11 @@ class Call:
         """The roles of the workers that can answer it."""
         return _ANSWERERS[self.endpoint.kind]
 
+    @property
+    def adapter(self) -> str:
+        """The adapter that it asks for; empty: none."""
+        return self.model if self.parent else ""
+
     def span(self, name: str) -> AbstractContextManager[tracing.Span]:
         """Open a span of this request."""
         return tracing.start_span(name, self.traceparent)
@@ -86,6 +93,7 @@ class Call:
             traceparent=span.traceparent,
             priority=self.principal.priority,
             created=self.created_s,
+            adapter=self.adapter,
         )
         time_left_s = max(0.0, self.deadline_at - asyncio.get_running_loop().time())
         context.time_left.FromMilliseconds(int(time_left_s * 1000))

@@ -245,6 +245,7 @@ def _to_worker(record: registry_pb.WorkerRecord) -> Worker:
         host_id=record.host_id,
         max_num_seqs=record.max_num_seqs,
         transports=frozenset(record.transports or ("shm",)),  # a worker of an earlier version says nothing of it
+        adapters=frozenset(adapter.name for adapter in record.adapters),
     )
 
 
@@ -261,4 +262,6 @@ def _to_model(record: registry_pb.ModelRecord, workers: Iterable[registry_pb.Wor
         version=record.version,
         signed_by=record.signed_by,
         failed_workers=tuple(FailedWorker(worker.worker_id, worker.reason) for worker in failed),
+        parent=record.parent,
+        tenants=tuple(record.tenants),
     )

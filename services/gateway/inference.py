@@ -131,8 +131,9 @@ class Inference:
         deadline_at = arrived_at + self._timeout_s(headers)
         account.body = body = await envelope.read_body(receive, headers, self.limits)
         known = envelope.parse(body, self.limits)
-        model = self.pool.resolve(known.model, principal.allowance)
-        capabilities.require(self.pool.record(model), endpoint.path, known.wants)
+        model = self.pool.resolve(known.model, principal.allowance, principal.tenant)
+        record = self.pool.record(model)
+        capabilities.require(record, endpoint.path, known.wants)
         with tracing.start_span("request", headers.get(b"traceparent", b"").decode("latin-1")) as span:
             account.call = call = Call(
                 request_id=account.request_id,
@@ -140,6 +141,7 @@ class Inference:
                 principal=principal,
                 policy=policy,
                 model=model,
+                parent=record.parent if record is not None else "",
                 http=_http_call(endpoint, scope, headers, body),
                 received_at=asyncio.get_running_loop().time(),
                 deadline_at=deadline_at,

@@ -139,9 +139,10 @@ class Pool:
         for peer in self._peers():
             peer.is_registered = peer.worker.worker_id in registered
 
-    def models(self, allowance: Allowance = EVERYTHING) -> tuple[Model, ...]:
+    def models(self, allowance: Allowance = EVERYTHING, tenant: str | None = None) -> tuple[Model, ...]:
         """Known models that may be used. Raises Unavailable as long as the registry was never heard."""
-        return tuple(model for model in self._known().models if allowance.permits(model.name))
+        known = self._known().models
+        return tuple(model for model in known if allowance.permits(model.name) and model.is_for(tenant))
 
     def record(self, name: str) -> Model | None:
         """What the registry says of a model; None when it says nothing. Raises as `models`."""
@@ -152,21 +153,25 @@ class Pool:
             raise Unavailable("the gateway has not heard the registry yet", retry_after_s=1)
         return self._view
 
-    def resolve(self, name: str | None, allowance: Allowance = EVERYTHING) -> str:
+    def resolve(self, name: str | None, allowance: Allowance = EVERYTHING, tenant: str | None = None) -> str:
         """Return the model that a call means. Raises ModelNotFound or Unavailable.
 
         A model that may not be used is, for whoever asks, not there.
         """
-        models = self.models(allowance)
+        models = self.models(allowance, tenant)
         if name is None:
             default = next((model for model in models if model.is_default), models[0] if models else None)
             if default is None and allowance.lists:
                 raise ModelNotFound("there is no model to use", param="model")
             return default.name if default else ""
-        is_there = any(model.name == name for model in models) or any(p.worker.model == name for p in self._peers())
+        is_there = any(model.name == name for model in models) or name in self._connected_models()
         if not (is_there and allowance.permits(name)):
             raise ModelNotFound(f"the model {name!r} does not exist", param="model")
         return name
+
+    def _connected_models(self) -> set[str]:
+        """Models of workers that are connected: the registry may have forgotten them."""
+        return {peer.worker.model for peer in self._peers() if peer.link.heart.is_up}
 
     def admit(self, call: Call) -> Route:
         """Choose the workers of a new request. Raises NoWorker, KvTransportDegraded or PoisonRequest."""
@@ -224,7 +229,8 @@ class Pool:
     def _question(self, call: Call) -> routing.Question:
         losses = call.losses
         return routing.Question(
-            model=call.model,
+            model=call.parent or call.model,
+            adapter=call.adapter,
             answerers=call.answerers,
             needs_prefill=call.needs_prefill,
             avoided=frozenset(losses.workers),

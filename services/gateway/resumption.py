@@ -74,11 +74,14 @@ class Resumption:
         """Make the call again, as it was, at the point where the client has got to."""
         now, body = asyncio.get_running_loop().time(), record.call.body
         is_streamed = orjson.loads(body).get("stream") is True
+        model = self._model(body, principal)
+        known = self.inference.pool.record(model)
         return Call(
             request_id=record.context.request_id,
             endpoint=ENDPOINTS[record.call.path],
             principal=principal,
-            model=self._model(body, principal),
+            model=model,
+            parent=known.parent if known is not None else "",
             http=record.call,
             received_at=now,
             deadline_at=now + record.context.time_left.ToTimedelta().total_seconds(),
@@ -90,7 +93,7 @@ class Resumption:
 
     def _model(self, body: bytes, principal: Principal) -> str:
         known = envelope.parse(body, self.inference.limits)
-        return self.inference.pool.resolve(known.model, principal.allowance)
+        return self.inference.pool.resolve(known.model, principal.allowance, principal.tenant)
 
 
 def _num_events(headers: Headers) -> int:

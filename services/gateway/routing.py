@@ -59,7 +59,7 @@ class Question:
 
     `avoided`: workers to use only when there is no other. `is_begun`: it has been admitted before and lost its worker.
     `is_suspect`: a worker may have died of it, so it goes where no other such request is, if it can; if `is_on_trial`,
-    nowhere else. `answerers`: roles of the workers that can answer it.
+    nowhere else. `adapter`: that the workers must hold. `answerers`: roles of the workers that can answer it.
     """
 
     model: str
@@ -71,6 +71,7 @@ class Question:
     is_suspect: bool = False
     is_on_trial: bool = False
     answerers: frozenset[Role] = frozenset({Role.DECODE})
+    adapter: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,8 +103,8 @@ def plan(question: Question, candidates: Sequence[Candidate], local: LocalPrefil
     """
     decode, verdicts = _choose(question.answerers, candidates, question, reader=None)
     if decode is None:
-        wanted = " or ".join(sorted(question.answerers))
-        raise NoWorker(f"no {wanted} worker is ready for model {question.model!r}", retry_after_s=1)
+        name, wanted = question.adapter or question.model, " or ".join(sorted(question.answerers))
+        raise NoWorker(f"no {wanted} worker is ready for model {name!r}", retry_after_s=1)
     decode_id = decode.worker.worker_id
     if not question.needs_prefill:
         return Plan(decode_id, None, verdicts)
@@ -175,6 +176,8 @@ def objection(  # noqa: PLR0911 - a list of reasons
     worker, pulse = candidate.worker, candidate.pulse
     if worker.model != question.model:
         return "other model"
+    if question.adapter and question.adapter not in worker.adapters:
+        return "other adapters"
     if pulse is None:
         return "not connected"
     if pulse.state is not State.READY:

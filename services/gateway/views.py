@@ -9,7 +9,10 @@ from inferflux.types import ModelFingerprint, Role, State, Transport
 
 @dataclass(frozen=True, slots=True)
 class Worker:
-    """One registered worker. `host_id`: equal ids share memory. `transports`: how KV blocks reach or leave it."""
+    """One registered worker. `host_id`: equal ids share memory. `transports`: how KV blocks reach or leave it.
+
+    `adapters`: names of those that it holds.
+    """
 
     worker_id: str
     incarnation: str
@@ -21,6 +24,7 @@ class Worker:
     host_id: str
     max_num_seqs: int
     transports: frozenset[str] = frozenset({Transport.SHM})
+    adapters: frozenset[str] = frozenset()
 
     def can_read(self, owner: Worker) -> bool:
         """Whether the two have a transport in common; shm only within a host."""
@@ -40,7 +44,8 @@ class FailedWorker:
 class Model:
     """One model as clients see it. `created_at`: seconds since the epoch. No `capabilities`: they are not known.
 
-    `version` 0 and no `signed_by`: its signature was not verified.
+    `version` 0 and no `signed_by`: its signature was not verified. `parent`: the model that this adapter is for.
+    `tenants`: who may use it; none: all.
     """
 
     name: str
@@ -53,6 +58,12 @@ class Model:
     version: int = 0
     signed_by: str = ""
     failed_workers: tuple[FailedWorker, ...] = ()
+    parent: str = ""
+    tenants: tuple[str, ...] = ()
+
+    def is_for(self, tenant: str | None) -> bool:
+        """Whether a tenant may use it; None is everybody."""
+        return tenant is None or not self.tenants or tenant in self.tenants
 
 
 @dataclass(frozen=True, slots=True)

@@ -43,6 +43,10 @@ class PrefillPart(Part):
         if worker.settings.kv_prefix_cache:
             tasks.spawn(self._watch_peers(), "peers")
 
+    @property
+    def leases(self) -> SessionLeases:
+        return self._leases
+
     def add_to(self, server: grpc.aio.Server) -> None:
         add_PrefillServiceServicer_to_server(self._servicer, server)
 

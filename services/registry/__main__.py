@@ -18,8 +18,14 @@ from inferflux.paths import Home
 from inferflux.process import Tasks, fail, run
 from inferflux.rpc.mtls import Identity
 from inferflux.rpc.server import RpcServer
+from inferflux.v1.model_service_pb2_grpc import add_ModelServiceServicer_to_server
 from inferflux.v1.pool_service_pb2_grpc import add_PoolServiceServicer_to_server
 from inferflux.v1.registry_service_pb2_grpc import add_RegistryServiceServicer_to_server
+from services.registry.deployments import servicer as deployments
+from services.registry.deployments.deployer import Deployer
+from services.registry.deployments.host import LocalHost
+from services.registry.deployments.keeper import Keeper
+from services.registry.deployments.servicer import ModelServicer
 from services.registry.directory import LEASE_S, Directory
 from services.registry.planner import servicer as pools
 from services.registry.planner.actuator import Actuator
@@ -68,7 +74,7 @@ class Settings(CommonSettings):
 async def serve(settings: Settings, lifecycle: Lifecycle) -> None:
     """Serve until drained. Starts, and stays, without Redis; see Directory for what is missing then."""
     identity = Identity.load(settings.pki_dir, "registry")
-    server = RpcServer(identity, settings.bind, {**CALLERS, **pools.CALLERS})
+    server = RpcServer(identity, settings.bind, {**CALLERS, **pools.CALLERS, **deployments.CALLERS})
     async with RegistryStore(settings.redis_url) as store, AsyncExitStack() as stack, Tasks() as tasks:
         directory = Directory(store, SystemClock(), lifecycle.incarnation, settings.lease_s)
         add_RegistryServiceServicer_to_server(RegistryServicer(directory, store), server.grpc)
@@ -76,6 +82,12 @@ async def serve(settings: Settings, lifecycle: Lifecycle) -> None:
         specs = Specs(planner_store, settings.pools_file)
         workers = directory.leases.workers
         add_PoolServiceServicer_to_server(PoolServicer(specs, planner_store, workers, SystemClock()), server.grpc)
+        host = LocalHost(Home(settings.home).supervisor_socket) if settings.planner == "local" else None
+        workers_client = await stack.enter_async_context(WorkerClient(identity))
+        deployer = Deployer(store, directory, host, workers_client, SystemClock())
+        adapter_client = await stack.enter_async_context(WorkerClient(identity))
+        keeper = Keeper(store, directory, adapter_client, SystemClock())
+        add_ModelServiceServicer_to_server(ModelServicer(deployer, keeper, directory), server.grpc)
         actuator, lease = _hands(settings, lifecycle, planner_store)
         planner = Planner(
             name=settings.instance_id,
@@ -93,6 +105,8 @@ async def serve(settings: Settings, lifecycle: Lifecycle) -> None:
         tasks.spawn(directory.run_writer(), "mirror-writer")
         tasks.spawn(directory.run_reader(), "mirror-reader")
         tasks.spawn(planner.run(), "planner")
+        tasks.spawn(deployer.run(), "deployer", may_return=True)
+        tasks.spawn(keeper.run(), "adapters")
         lifecycle.set_ready()
         await lifecycle.draining.wait()
         directory.feed.close()

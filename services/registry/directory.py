@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from inferflux.clock import Clock, until_tick
@@ -22,6 +22,7 @@ from inferflux.feed import Feed
 from inferflux.store import MAX_REVISION
 from inferflux.telemetry.metrics import SNAPSHOT_REVISION, STORE_UP
 from inferflux.types import State
+from services.registry.deployments.adapter import AdapterSpec
 from services.registry.leases import LeaseTable
 from services.registry.models import Model, ModelBook
 from services.registry.roster import Roster
@@ -66,6 +67,7 @@ class Directory:
         self._clock = clock
         self._owner = owner
         self._book = ModelBook()
+        self._adapters: Mapping[str, AdapterSpec] = {}
         self._unsaved: dict[str, Model] = {}
         self._sightings: dict[str, Sighting] = {}
         self._settled = asyncio.Event()
@@ -79,9 +81,9 @@ class Directory:
         """Take a worker in or renew its lease. Raises Conflict for an incarnation that is over."""
         known = self.leases.find(worker.worker_id)
         self.leases.renew(worker)
-        # What a worker could not load says nothing of the model that others serve.
-        is_new = worker.state is not State.FAILED and (known is None or known.incarnation != worker.incarnation)
-        if is_new or model.name not in self._models().models:
+        # What a worker could not load or prove, or is about to, says nothing of the model that others serve.
+        was_ready = known is not None and known.incarnation == worker.incarnation and known.state is State.READY
+        if (worker.state is State.READY and not was_ready) or model.name not in self._models().models:
             self._unsaved[model.name] = replace(model, created_at_ms=self.now_ms())
             self._changed.set()
         if known != worker:
@@ -111,6 +113,20 @@ class Directory:
             raise Conflict(f"model {name!r} is served by {', '.join(serving)}")
         await self._change(lambda stored: stored.delete(name, self.now_ms()))
         return self.feed.revision
+
+    async def set_default(self, name: str) -> int:
+        """Make a model the default; returns the first snapshot revision that says so. Raises NotFound, Unavailable."""
+        await self._change(lambda stored: stored.set_default(name, self.now_ms()))
+        return self.feed.revision
+
+    def set_adapters(self, adapters: Mapping[str, AdapterSpec]) -> None:
+        """List these adapters with the models from now on."""
+        self._adapters = adapters
+        self._update()
+
+    def models(self) -> tuple[Model, ...]:
+        """List the known models by name, exactly one of them the default, and the adapters of those after them."""
+        return self._content().models
 
     async def overtake(self, revision: int) -> None:
         """Get above a revision that a gateway has, once settled. Raises InvalidRequest."""
@@ -226,7 +242,14 @@ class Directory:
 
     def _content(self) -> Content:
         workers = self.leases.workers()
-        return Content(workers, self._models().listed(worker.model for worker in workers))
+        models = self._models().listed(worker.model for worker in workers)
+        known = {model.name: model for model in models}
+        adapters = [
+            adapted(spec, known[spec.model])
+            for _, spec in sorted(self._adapters.items())
+            if spec.model in known and spec.name not in known
+        ]
+        return Content(workers, (*models, *adapters))
 
     def _update(self) -> None:
         if (content := self._content()) != self._published:
@@ -244,6 +267,20 @@ class Directory:
             self._is_up = is_up
             level = logging.INFO if is_up else logging.ERROR
             log.log(level, "registry store is %s", "up" if is_up else "away", extra={"reason": reason})
+
+
+def adapted(spec: AdapterSpec, parent: Model) -> Model:
+    """Make the record of an adapter: it can what its model can."""
+    return replace(
+        parent,
+        name=spec.name,
+        parent=parent.name,
+        tenants=spec.tenants,
+        created_at_ms=spec.revision,
+        is_default=False,
+        version=0,
+        signed_by="",
+    )
 
 
 async def _wait(event: asyncio.Event, timeout_s: float) -> None:

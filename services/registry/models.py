@@ -31,6 +31,8 @@ class Model:
     is_pinned: bool = False
     version: int = 0
     signed_by: str = ""
+    parent: str = ""
+    tenants: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not NAME.fullmatch(self.name):
@@ -47,7 +49,8 @@ class Model:
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> Model:
         """Raises InvalidRequest, KeyError or TypeError."""
-        return cls(**(fields | {"capabilities": tuple(fields["capabilities"])}))
+        texts = {name: tuple(fields.get(name, ())) for name in ("capabilities", "tenants")}
+        return cls(**(fields | texts))
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +75,13 @@ class ModelBook:
         created_at_ms = model.created_at_ms or (known.created_at_ms if known else now_ms)
         models[model.name] = replace(model, created_at_ms=created_at_ms, is_pinned=True)
         return self._with(models, now_ms)
+
+    def set_default(self, name: str, now_ms: int) -> ModelBook:
+        """Make one record the default. Raises NotFound."""
+        if name not in self.models:
+            raise NotFound(f"no model {name!r}")
+        models = {other: replace(model, is_default=other == name) for other, model in self.models.items()}
+        return self if models == self.models else self._with(models, now_ms)
 
     def delete(self, name: str, now_ms: int) -> ModelBook:
         """Remove a record. Raises NotFound."""

@@ -22,7 +22,7 @@ from services.registry.directory import Content, Directory
 from services.registry.models import Model
 from services.registry.releases import Release, Version, is_key_id
 from services.registry.store import RegistryStore
-from services.registry.workers import Worker
+from services.registry.workers import HeldAdapter, Worker
 
 log = logging.getLogger(__name__)
 
@@ -166,6 +166,8 @@ def _to_worker(record: pb.WorkerRecord) -> Worker:
         max_model_len=record.max_model_len,
         max_num_seqs=record.max_num_seqs,
         transports=tuple(record.transports),
+        adapters=tuple(HeldAdapter(held.name, held.revision, held.digest) for held in record.adapters),
+        max_adapters=record.max_adapters,
     )
 
 
@@ -184,6 +186,8 @@ def _from_worker(worker: Worker) -> pb.WorkerRecord:
         max_model_len=worker.max_model_len,
         max_num_seqs=worker.max_num_seqs,
         transports=worker.transports,
+        adapters=[pb.HeldAdapter(name=a.name, revision=a.revision, digest=a.digest) for a in worker.adapters],
+        max_adapters=worker.max_adapters,
     )
 
 
@@ -211,6 +215,8 @@ def _from_model(model: Model) -> pb.ModelRecord:
         is_default=model.is_default,
         version=model.version,
         signed_by=model.signed_by,
+        parent=model.parent,
+        tenants=model.tenants,
     )
     record.created_at.FromMilliseconds(model.created_at_ms)
     return record

@@ -2,8 +2,10 @@
 
 Layout: `ifx:{registry}:revision` a number, `ifx:{registry}:models` a hash of records, `ifx:{registry}:rosters` a hash
 of one roster per replica, `ifx:{registry}:releases` a hash of signed versions by model, `ifx:{registry}:revoked_keys` a
-set, `ifx:{registry}:rules:revision` a number. Models and releases are written under WATCH and MULTI; a roster has one
-writer. Every failure of Redis, slow answers included, is Unavailable.
+set, `ifx:{registry}:rules:revision` a number, `ifx:{registry}:deployments` and
+`ifx:{registry}:adapters` hashes of what is wanted, by name. Models, releases and
+deployments are written under WATCH and MULTI; a roster has one writer. Every failure of Redis, slow answers included,
+is Unavailable.
 """
 
 from __future__ import annotations
@@ -18,6 +20,8 @@ from redis.exceptions import WatchError
 
 from inferflux.errors import Internal, InvalidRequest
 from inferflux.store import UPDATE_TIMEOUT_S, Pipe, RedisStore, read_revision
+from services.registry.deployments.adapter import AdapterSpec
+from services.registry.deployments.deployment import Deployment
 from services.registry.models import Model, ModelBook
 from services.registry.releases import Release
 from services.registry.roster import Roster
@@ -30,6 +34,8 @@ ROSTERS = "ifx:{registry}:rosters"
 RELEASES = "ifx:{registry}:releases"
 REVOKED_KEYS = "ifx:{registry}:revoked_keys"
 RULES_REVISION = "ifx:{registry}:rules:revision"
+DEPLOYMENTS = "ifx:{registry}:deployments"
+ADAPTERS = "ifx:{registry}:adapters"
 CHANNEL = "ifx:{registry}:changes"
 
 
@@ -109,6 +115,40 @@ class RegistryStore(RedisStore):
                 text, keys, revision = await pipe.execute()
         return _decode_release(name, text), frozenset(keys), read_revision(revision)
 
+    async def deployments(self) -> dict[str, Deployment]:
+        """Return all deployments by model. Raises Unavailable."""
+        with self._answering():
+            texts = await self._redis.hgetall(DEPLOYMENTS)
+        return {name: deployment for name, text in texts.items() if (deployment := _decode_deployment(name, text))}
+
+    async def adapters(self) -> dict[str, AdapterSpec]:
+        """Return all adapters by name. Raises Unavailable."""
+        with self._answering():
+            texts = await self._redis.hgetall(ADAPTERS)
+        return {name: spec for name, text in texts.items() if (spec := _decode_adapter(name, text))}
+
+    async def put_adapter(self, spec: AdapterSpec) -> None:
+        """Create or replace an adapter. Raises Unavailable."""
+        with self._answering():
+            await self._redis.hset(ADAPTERS, spec.name, json.dumps(spec.to_json()))
+
+    async def delete_adapter(self, name: str) -> bool:
+        """Remove an adapter; says whether there was one. Raises Unavailable."""
+        with self._answering():
+            return bool(await self._redis.hdel(ADAPTERS, name))
+
+    async def edit_deployment(
+        self, name: str, edit: Callable[[Deployment | None], Deployment | None]
+    ) -> Deployment | None:
+        """Replace a model's deployment by what `edit` makes of it, None: none; see `update`. Raises Unavailable."""
+        with self._answering():
+            async with asyncio.timeout(UPDATE_TIMEOUT_S), self._redis.pipeline(transaction=True) as pipe:
+                while True:
+                    try:
+                        return await _try_edit_deployment(pipe, name, edit)
+                    except WatchError:  # somebody else was faster
+                        continue
+
     @asynccontextmanager
     async def subscribe(self) -> AsyncIterator[Callable[[float], Awaitable[None]]]:
         """Give a function that waits for the next write of any replica, at most so many seconds. Raises Unavailable."""
@@ -147,6 +187,46 @@ async def _try_edit_release(pipe: Pipe, name: str, edit: Callable[[Release], Rel
         pipe.incr(RULES_REVISION)
     await pipe.execute()
     return release
+
+
+async def _try_edit_deployment(
+    pipe: Pipe, name: str, edit: Callable[[Deployment | None], Deployment | None]
+) -> Deployment | None:
+    await pipe.watch(DEPLOYMENTS)
+    text = await pipe.hget(DEPLOYMENTS, name)
+    stored = _decode_deployment(name, text) if text is not None else None
+    deployment = edit(stored)
+    pipe.multi()
+    if deployment is None:
+        pipe.hdel(DEPLOYMENTS, name)
+    elif deployment != stored:
+        pipe.hset(DEPLOYMENTS, name, json.dumps(deployment.to_json()))
+    await pipe.execute()
+    return deployment
+
+
+def _decode_deployment(name: str, text: str) -> Deployment | None:
+    """Read a deployment; None when it is none: an operator can make it anew."""
+    try:
+        deployment = Deployment.from_json(json.loads(text))
+        if deployment.model == name:
+            return deployment
+    except (InvalidRequest, ValueError, KeyError, TypeError, AttributeError):
+        pass
+    log.error("ignoring a deployment that cannot be read", extra={"model": name})
+    return None
+
+
+def _decode_adapter(name: str, text: str) -> AdapterSpec | None:
+    """Read an adapter; None when it is none: an operator can make it anew."""
+    try:
+        spec = AdapterSpec.from_json(json.loads(text))
+        if spec.name == name:
+            return spec
+    except (InvalidRequest, ValueError):
+        pass
+    log.error("ignoring an adapter that cannot be read", extra={"adapter": name})
+    return None
 
 
 def _decode_release(name: str, text: str | None) -> Release:

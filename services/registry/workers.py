@@ -14,6 +14,15 @@ ADDRESS = re.compile(r"unix:/[!-~]{1,250}|[A-Za-z0-9.:_\[\]-]{1,250}:[0-9]{1,5}"
 
 
 @dataclass(frozen=True, slots=True)
+class HeldAdapter:
+    """An adapter on a worker; see the message of this name."""
+
+    name: str
+    revision: int
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
 class Worker:
     """What a worker says of itself; see WorkerRecord for the fields."""
 
@@ -30,6 +39,8 @@ class Worker:
     max_model_len: int = 0
     max_num_seqs: int = 0
     transports: tuple[str, ...] = ()
+    adapters: tuple[HeldAdapter, ...] = ()
+    max_adapters: int = 0
 
     def __post_init__(self) -> None:
         _require(NAME, self.worker_id, "worker_id")
@@ -47,7 +58,8 @@ class Worker:
             "state": State(fields["state"]),
             "fingerprint": ModelFingerprint(**fields["fingerprint"]),
         }
-        return cls(**(fields | typed | {"transports": tuple(fields.get("transports", ()))}))
+        adapters = tuple(HeldAdapter(**adapter) for adapter in fields.get("adapters", ()))
+        return cls(**(fields | typed | {"transports": tuple(fields.get("transports", ())), "adapters": adapters}))
 
 
 def _require(pattern: re.Pattern[str], value: str, param: str) -> None:

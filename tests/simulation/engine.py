@@ -10,6 +10,7 @@ from hashlib import blake2b
 import numpy as np
 
 from inferflux.engine.base import (
+    Adapter,
     ComputedPrompt,
     Engine,
     EngineInfo,
@@ -18,7 +19,7 @@ from inferflux.engine.base import (
     Prefilled,
     PublishedKv,
 )
-from inferflux.errors import ArenaFull, KvDigestMismatch, KvError
+from inferflux.errors import ArenaFull, Conflict, KvDigestMismatch, KvError
 from inferflux.kv.arena import Arena, ArenaReader
 from inferflux.kv.digests import block_digest, prompt_digest
 from inferflux.types import (
@@ -126,6 +127,11 @@ class GhostEngine(Engine):
         finally:
             self._num_used -= num_blocks
             self._num_running -= 1
+
+    async def load_adapter(self, adapter: Adapter) -> None:
+        raise Conflict("ghosts hold no adapters")
+
+    async def drop_adapter(self, adapter: Adapter, *, is_last: bool) -> None: ...
 
     def load(self) -> EngineLoad:
         return EngineLoad(self._step, self._num_running, 0, 0, NUM_BLOCKS - self._num_used, NUM_BLOCKS)

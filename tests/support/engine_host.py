@@ -26,7 +26,7 @@ import psutil
 
 from inferflux.cli.pdeathsig import die_with_parent
 from inferflux.engine import create
-from inferflux.engine.base import ComputedPrompt, Engine, EngineInfo, EngineLoad, KvSource, Prefilled
+from inferflux.engine.base import Adapter, ComputedPrompt, Engine, EngineInfo, EngineLoad, KvSource, Prefilled
 from inferflux.engine.options import EngineOptions, GrammarLimits, Parallelism
 from inferflux.engine.sim import SimEngine
 from inferflux.kv.arena import Arena
@@ -94,6 +94,12 @@ class Host:
 
     async def check_numerics(self) -> None:
         await self._engine.check_numerics()
+
+    async def load_adapter(self, adapter: Adapter) -> None:
+        await self._engine.load_adapter(adapter)
+
+    async def drop_adapter(self, adapter: Adapter, is_last: bool) -> None:
+        await self._engine.drop_adapter(adapter, is_last=is_last)
 
     async def slots(self) -> tuple[int, int]:
         return self._own_arena.num_free + self._own_prefixes.num_kept, self._own_arena.num_slots
@@ -208,6 +214,12 @@ class HostedEngine:
 
     async def check_numerics(self) -> None:
         await self._one("check_numerics")
+
+    async def load_adapter(self, adapter: Adapter) -> None:
+        await self._one("load_adapter", adapter)
+
+    async def drop_adapter(self, adapter: Adapter, *, is_last: bool) -> None:
+        await self._one("drop_adapter", adapter, is_last)
 
     async def num_free_slots(self) -> int:
         return (await self._one("slots"))[0]

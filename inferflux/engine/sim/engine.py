@@ -11,7 +11,7 @@ from dataclasses import replace
 from hashlib import sha256
 
 from inferflux.engine import reference
-from inferflux.engine.base import Engine, EngineInfo, EngineLoad, KvSource, Prefilled
+from inferflux.engine.base import Adapter, Engine, EngineInfo, EngineLoad, KvSource, Prefilled
 from inferflux.engine.options import EngineOptions
 from inferflux.engine.prefix import Prefixes
 from inferflux.engine.sim import profile as profiles
@@ -23,7 +23,7 @@ from inferflux.engine.sim.publication import Publication
 from inferflux.engine.sim.response import Inbox, Response
 from inferflux.engine.sim.scheduler import Scheduler
 from inferflux.engine.sim.sequence import Choice, Emitted, Event, Job, Sampling, StopGuard
-from inferflux.errors import ConfigError, InvalidRequest, NumericsMismatch
+from inferflux.errors import ConfigError, Conflict, InvalidRequest, NumericsMismatch
 from inferflux.kv.arena import Arena
 from inferflux.kv.digests import prompt_digest
 from inferflux.kv.prefixes import PrefixStore
@@ -53,6 +53,7 @@ class SimEngine(Engine):
         self._hydrator = Hydrator(self._kv, self._profile.block_size, profile.slot_bytes)
         self._scheduler = Scheduler(self._profile, self._pool, self._kv, self._hydrator, options.max_num_seqs)
         self._app = App(options.model, self._max_model_len, options.role)
+        self._adapters: set[tuple[str, str]] = set()
         self._steps: asyncio.Task[None] | None = None
 
     async def start(self) -> EngineInfo:
@@ -125,6 +126,19 @@ class SimEngine(Engine):
                     yield frame
         finally:
             self._abort(jobs)
+
+    async def load_adapter(self, adapter: Adapter) -> None:
+        if len(self._adapters) >= 2 * self._options.max_adapters:  # each may be there twice for a moment
+            raise Conflict(
+                f"the engine holds {len(self._adapters)} adapters, max_adapters {self._options.max_adapters}"
+            )
+        self._adapters.add((adapter.name, adapter.digest))
+        self._app.adapters.add(adapter.name)
+
+    async def drop_adapter(self, adapter: Adapter, *, is_last: bool) -> None:
+        self._adapters.discard((adapter.name, adapter.digest))
+        if is_last:
+            self._app.adapters.discard(adapter.name)
 
     def load(self) -> EngineLoad:
         scheduler, pool = self._scheduler, self._pool

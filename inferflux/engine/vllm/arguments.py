@@ -87,6 +87,10 @@ def _command_line(options: EngineOptions, dtype: str) -> list[str]:
         line += ["--max-model-len", str(options.max_model_len)]
     if options.block_size:
         line += ["--block-size", str(options.block_size)]
+    if options.max_adapters:
+        # Twice: while an adapter is changed, requests that run keep the one before.
+        line += ["--enable-lora", "--max-loras", str(options.max_adapters)]
+        line += ["--max-cpu-loras", str(2 * options.max_adapters), "--max-lora-rank", str(options.max_adapter_rank)]
     return line + _parallelism(options.parallelism)
 
 

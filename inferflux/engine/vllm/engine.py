@@ -8,7 +8,7 @@ import os
 import time
 from typing import TYPE_CHECKING, Any
 
-from inferflux.engine.base import Engine, EngineInfo, EngineLoad, KvSource, Prefilled
+from inferflux.engine.base import Adapter, Engine, EngineInfo, EngineLoad, KvSource, Prefilled
 from inferflux.engine.options import auto_dtype
 from inferflux.engine.prefix import Prefixes
 from inferflux.engine.reference import load as load_reference
@@ -19,8 +19,10 @@ from inferflux.engine.vllm.arguments import server_arguments, set_environment
 from inferflux.engine.vllm.transfer import ExpertReport, Report
 from inferflux.errors import (
     ConfigError,
+    Conflict,
     EngineFailed,
     Internal,
+    InvalidRequest,
     NumericsMismatch,
     Unavailable,
     WorkerLost,
@@ -59,6 +61,8 @@ class VllmEngine(Engine):
         self._tasks: tuple[Any, ...] = ()
         self._reports = ReportPipe()
         self._meter = StepMeter()
+        self._loras: dict[tuple[str, str], Any] = {}
+        self._num_loras = 0
         self._started: TicketLLM | None = None
         self._grammars: Grammars | None = None
         self._app: Any = None
@@ -160,6 +164,7 @@ class VllmEngine(Engine):
         from inferflux.engine.vllm.llm import PHASE, PrefillPhase  # noqa: PLC0415
 
         phase = PrefillPhase(context.cache_salt, context.priority, self._prefixes)
+        phase.adapter, phase.lora = context.adapter, self._lora(context)
         PHASE.set(phase)
         start, response = time.monotonic(), None
         try:
@@ -199,6 +204,7 @@ class VllmEngine(Engine):
             phase = PoolingPhase(context.cache_salt, context.priority)
         else:
             phase = DecodePhase(context.cache_salt, context.priority, sources, delivered, call.path)
+            phase.adapter, phase.lora = context.adapter, self._lora(context)
         PHASE.set(phase)
         IDENTITY.set(Identity(context.request_id, context.created_s))
         exchange = Exchange(self._app, call, context.request_id, phase.take_tokens)
@@ -229,6 +235,47 @@ class VllmEngine(Engine):
     def _raise_if_dead(self) -> None:
         if self._llm.errored:
             raise WorkerLost("the worker's engine died")
+
+    async def load_adapter(self, adapter: Adapter) -> None:
+        """See Engine.load_adapter. Each version has a name of its own in vLLM, which tells adapters apart by it."""
+        from vllm.lora.request import LoRARequest  # noqa: PLC0415
+
+        limit = 2 * self._options.max_adapters  # each may be there twice while it is changed
+        if len(self._loras) >= limit:
+            raise Conflict(f"the engine holds {len(self._loras)} versions of adapters, at most {limit}")
+        self._num_loras += 1
+        path = str(adapter.folder)
+        lora = LoRARequest(f"{adapter.name}@{adapter.digest[:16]}", self._num_loras, path)
+        try:
+            await self._llm.add_lora(lora)
+            if adapter.is_pinned:
+                await self._llm.pin_lora(lora.lora_int_id)
+        except Exception as e:
+            self._raise_if_dead()
+            raise InvalidRequest(f"adapter {adapter.name} does not fit: {str(e)[:300]}", param="adapter") from e
+        self._loras[adapter.name, adapter.digest] = lora
+        self._served_adapters()[adapter.name] = LoRARequest(adapter.name, lora.lora_int_id, path)
+
+    async def drop_adapter(self, adapter: Adapter, *, is_last: bool) -> None:
+        """See Engine.drop_adapter."""
+        if is_last:
+            self._served_adapters().pop(adapter.name, None)
+        if (lora := self._loras.pop((adapter.name, adapter.digest), None)) is not None:
+            await self._llm.remove_lora(lora.lora_int_id)
+
+    def _served_adapters(self) -> dict[str, Any]:
+        """What the application takes for a model's name besides the model's own."""
+        served: dict[str, Any] = self._app.state.openai_serving_models.lora_requests
+        return served
+
+    def _lora(self, context: RequestContext) -> Any:
+        """The version with which a request begins; None without an adapter."""
+        if not context.adapter:
+            return None
+        lora = self._loras.get((context.adapter, context.adapter_digest))
+        if lora is None:
+            raise Unavailable(f"adapter {context.adapter!r} is not in this engine", retry_after_s=1)
+        return lora
 
     def load(self) -> EngineLoad:
         """See Engine.load; numbers are those of the last step, what the engine was given since counts as waiting."""

@@ -27,6 +27,7 @@ from inferflux.types import ChoiceTokens, Delivered, Usage
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 
+    from vllm.lora.request import LoRARequest
     from vllm.outputs import PoolingRequestOutput, RequestOutput
     from vllm.pooling_params import PoolingParams
 
@@ -47,15 +48,24 @@ class Phase(ABC):
         self.cache_salt = cache_salt
         self.priority = priority
         self.refusal: InferfluxError | None = None  # told in vain to an application that answers in its own words
+        self.adapter = ""
+        self.lora: LoRARequest | None = None
 
     def salted(self, prompt: Any) -> Any:
         """Separate the prefix caches of tenants, whatever the client asked for."""
         return {**prompt, "cache_salt": self.cache_salt} if isinstance(prompt, dict) and self.cache_salt else prompt
 
+    def adapted(self, asked: LoRARequest | None) -> LoRARequest | None:
+        """Put the version of the adapter with which the call began in place of what its name means by now."""
+        name = asked.lora_name if asked is not None else ""
+        if name != self.adapter:
+            raise InvalidRequest(f"the call names adapter {name!r}, it was routed for {self.adapter!r}", param="model")
+        return self.lora
+
     def begin(self, request_id: str, num_choices: int) -> None:  # noqa: B027 - most have nothing to note
         """Take note that the application is about to generate."""
 
-    def prepare(self, request_id: str, prompt: Any, params: SamplingParams, *, has_adapter: bool) -> None:  # noqa: B027
+    def prepare(self, request_id: str, prompt: Any, params: SamplingParams) -> None:  # noqa: B027
         """See a request just before the engine does; may add to `params`."""
 
     @abstractmethod
@@ -89,15 +99,13 @@ class PrefillPhase(Phase):
         params.output_kind = RequestOutputKind.FINAL_ONLY
         return params
 
-    def prepare(self, request_id: str, prompt: Any, params: SamplingParams, *, has_adapter: bool) -> None:
+    def prepare(self, request_id: str, prompt: Any, params: SamplingParams) -> None:
         """Tell the connector what to publish, and what of it is there already."""
         self._digests[request_id] = digest(prompt)
         # Log-probabilities of the prompt need its forward pass on the worker that answers: no use for a ticket.
         if self._prefixes is None or params.prompt_logprobs is not None:
             return
-        opening = self._openings[request_id] = self._prefixes.open(
-            salt(prompt, self.cache_salt) if not has_adapter else "", prompt_ids(prompt)
-        )
+        opening = self._openings[request_id] = self._prefixes.open(salt(prompt, self.cache_salt), prompt_ids(prompt))
         source = self._prefixes.source(opening, f"prefix/{request_id}")
         connector_params: dict[str, Any] = {transfer.PUBLISH: True, transfer.SHARED: list(opening.shared)}
         if source is not None:
@@ -373,6 +381,7 @@ class TicketLLM(AsyncLLM):
     ) -> AsyncGenerator[RequestOutput, None]:
         params.extra_args = transfer.without_client_values(params.extra_args)
         try:
+            kwargs["lora_request"] = phase.adapted(kwargs.get("lora_request"))
             if self.grammars is not None:
                 await self.grammars.admit(params.structured_outputs)
             prompt, params = phase.salted(prompt), phase.params(request_id, prompt, params)
@@ -380,7 +389,7 @@ class TicketLLM(AsyncLLM):
         except InferfluxError as e:
             phase.refusal = e
             raise
-        phase.prepare(request_id, prompt, params, has_adapter=kwargs.get("lora_request") is not None)
+        phase.prepare(request_id, prompt, params)
         kwargs["priority"] = phase.priority
         async for output in super().generate(prompt, params, request_id, **kwargs):
             for part in parts(output, params):

@@ -221,9 +221,10 @@ def correct_ranks_on_cpus() -> None:
     from vllm.platforms import current_platform  # noqa: PLC0415
 
     if current_platform.is_cpu():
-        from inferflux.engine.vllm import ranks  # noqa: PLC0415
+        from inferflux.engine.vllm import adapters, ranks  # noqa: PLC0415
 
         ranks.register()
+        adapters.register()
 
 
 def delivered_tokens(sampling_params: Any) -> Sequence[int]:

@@ -22,16 +22,17 @@ class LocalActuator:
         self._socket = socket
 
     async def size(self, spec: PoolSpec) -> int:
-        return int((await self._ask("sizes"))["sizes"].get(spec.role, 0))
+        return int((await self._ask("sizes", model=spec.model))["sizes"].get(spec.role, 0))
 
     async def doomed(self, spec: PoolSpec, size: int) -> Collection[str] | None:
         return None
 
     async def grow(self, spec: PoolSpec, size: int) -> None:
-        await self._ask("grow", role=spec.role, size=size)
+        await self._ask("grow", role=spec.role, model=spec.model, size=size)
 
     async def shrink(self, spec: PoolSpec, size: int, victims: Sequence[Member]) -> None:
-        await self._ask("shrink", role=spec.role, size=size, first=[victim.worker.worker_id for victim in victims])
+        first = [victim.worker.worker_id for victim in victims]
+        await self._ask("shrink", role=spec.role, model=spec.model, size=size, first=first)
 
     async def _ask(self, op: str, **fields: object) -> dict[str, Any]:
         try:

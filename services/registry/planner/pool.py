@@ -13,13 +13,14 @@ from services.registry.workers import Worker
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """A worker's answer about itself. `eta_s`, `latency_s` None: not known."""
+    """A worker's answer about itself. `eta_s`, `latency_s` None: not known. `num_gateways`: that are connected."""
 
     pulse: Pulse
     num_requests: int = 0
     num_tokens: int = 0
     eta_s: float | None = None
     latency_s: float | None = None
+    num_gateways: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,6 +23,7 @@ from services.registry.planner.pool import Member, Report
 from services.registry.workers import Worker
 
 TIMEOUT_S = 2.0
+ADAPTER_TIMEOUT_S = 60.0
 _log = logging.getLogger(__name__)
 
 
@@ -67,6 +68,19 @@ class WorkerClient:
         with translated_errors():
             await line.stub.Drain(pb.DrainRequest(budget=budget), timeout=TIMEOUT_S)
 
+    async def load_adapter(self, worker: Worker, name: str, source: str, revision: int, *, is_pinned: bool) -> None:
+        """Tell a worker to hold an adapter. Raises InferfluxError."""
+        request = pb.LoadAdapterRequest(name=name, source=source, revision=revision, is_pinned=is_pinned)
+        line = await self._line(worker)
+        with translated_errors():
+            await line.stub.LoadAdapter(request, timeout=ADAPTER_TIMEOUT_S)
+
+    async def unload_adapter(self, worker: Worker, name: str) -> None:
+        """Tell a worker to let an adapter go. Raises InferfluxError."""
+        line = await self._line(worker)
+        with translated_errors():
+            await line.stub.UnloadAdapter(pb.UnloadAdapterRequest(name=name), timeout=ADAPTER_TIMEOUT_S)
+
     async def _look_at(self, worker: Worker) -> Member:
         line = await self._line(worker)
         try:
@@ -97,4 +111,5 @@ def _report(answer: pb.GetStatusResponse) -> Report | None:
         num_tokens=answer.num_tokens,
         eta_s=answer.eta.ToTimedelta().total_seconds() if answer.HasField("eta") else None,
         latency_s=answer.latency.ToTimedelta().total_seconds() if answer.HasField("latency") else None,
+        num_gateways=answer.num_gateways,
     )

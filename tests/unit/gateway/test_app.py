@@ -110,7 +110,7 @@ def app() -> Doorway:
     return create_app(
         idempotency,
         (admin, cache, RehearsalApi(inference.policies, Referees()), *apis),
-        lambda _: (MODEL,),
+        lambda *_: (MODEL,),
         Lifecycle("gateway", "g"),
     )
 

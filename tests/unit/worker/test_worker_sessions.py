@@ -373,7 +373,7 @@ class OddEngine(Engine):
             return
         yield Frame()
 
-    start = check_numerics = prefill = close = None  # type: ignore[assignment]
+    start = check_numerics = prefill = close = load_adapter = drop_adapter = None  # type: ignore[assignment]
 
     def load(self) -> Any:
         return self._engine.load()

@@ -22,6 +22,7 @@ class App:
     """Serves one model, under one name: a generating one, or an embedding one on a pooling worker."""
 
     def __init__(self, model: str, max_model_len: int, role: Role = Role.DECODE) -> None:
+        self.adapters: set[str] = set()
         self._model = model
         self._plans = pooling.PLANS if role is Role.POOLING else PLANS
         self.capabilities = pooling.CAPABILITIES if role is Role.POOLING else CAPABILITIES
@@ -46,12 +47,13 @@ class App:
         if call.method != "POST":
             raise BadCall("Method Not Allowed", status=405)
         fields = Fields.parse(call.body)
-        if fields.has("model") and fields.text("model") != self._model:
+        name = fields.text("model") if fields.has("model") else self._model
+        if name != self._model and (name not in self.adapters or name != context.adapter):
             raise BadCall(f"The model `{fields.text('model')}` does not exist.", status=404, param="model")
         if utility is not None:
             return utility(fields)
         assert plan is not None  # noqa: S101 - for mypy
-        return self._limit(plan(fields, self._model, context))
+        return self._limit(plan(fields, name, context))
 
     def _limit(self, plan: Plan) -> Plan:
         """Refuse what can't fit, as vLLM does."""

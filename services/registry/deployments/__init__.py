@@ -1,0 +1,1 @@
+"""Models that are loaded and unloaded while the cluster runs."""
