@@ -207,6 +207,11 @@ def say(client: httpx.Client, model: str, **headers: str) -> str:
     return answer["choices"][0]["text"]
 
 
+def refusals(cluster: Cluster) -> list[str]:
+    """What the gateway counted of KV that did not fit."""
+    return [line for line in cluster.metrics("gateway").splitlines() if line.startswith("inferflux_kv_rejected_total{")]
+
+
 def test_adapters_come_change_and_go_under_load(cluster: Cluster, client: httpx.Client) -> None:
     """Each version says something else, KV from prefill included, and nobody's request fails."""
     assert load(client, model="base", prefill=1, settings={"max_adapters": 2})[-1]["state"] == "ready"
@@ -225,7 +230,10 @@ def test_adapters_come_change_and_go_under_load(cluster: Cluster, client: httpx.
     assert (changed.returncode, again.returncode) == (Exit.OK, Exit.OK), changed.stderr + again.stderr
     assert min(each.result() for each in (*tuned, *base)) > 0
     assert (before == back, len({before, after, say(client, "base")})) == (True, 3)
-    assert 'inferflux_kv_rejected_total{reason="fingerprint"}' not in cluster.metrics("gateway")
+    # While workers change one after the other, KV of one version may meet the other: then it is computed again.
+    num_refused = refusals(cluster)
+    assert say(client, "tuned") == before
+    assert refusals(cluster) == num_refused
     gone = cluster.inferctl("adapters", "unload", "tuned")
     poll(lambda: "tuned" not in served(client), 10, "the adapter is still listed")
     assert (gone.returncode, client.post(COMPLETIONS, json={"model": "tuned", "prompt": "x"}).status_code) == (0, 404)
