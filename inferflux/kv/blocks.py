@@ -16,11 +16,10 @@ Both ways copy layer by layer and digest what was copied while it is in the proc
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-import numpy as np
 import xxhash
 
 from inferflux import failpoints
@@ -30,6 +29,7 @@ from inferflux.kv.digests import DIGEST_BYTES
 COVERED_BYTES = 32 << 10
 """What one digest covers at most, if that is more than a piece: as many as fit the first cache of a core."""
 NONE = bytes(DIGEST_BYTES)
+Run = tuple[int, int, slice]
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,10 +75,10 @@ class Part:
     def copy_out(self, block: Sequence[Bytes], slot: Bytes) -> None:
         """Copy a block's part, given as the bytes of each layer, into its slot, with the digests of its pieces."""
         self._require_fit(slot)
-        digests = _tail(slot, self.shape.num_pieces).data
-        for source, (pieces, theirs) in zip(block, self._runs(self.heads), strict=True):
-            np.copyto(slot[pieces], source)
-            digests[theirs] = self._digest(slot[pieces], self.num_covered)
+        view, digests = slot.data, _tail(slot, self.shape.num_pieces).data
+        for source, (start, stop, theirs) in zip(block, self._own_runs, strict=True):
+            slot[start:stop] = source
+            digests[theirs] = self._digest(view, start, stop, self.num_covered)
 
     def copy_in(self, slot: Bytes, block: Sequence[Bytes]) -> bytes:
         """Fill a block's part from a slot.
@@ -89,31 +89,46 @@ class Part:
         digests = bytearray(_tail(slot, self.shape.num_pieces))
         num_covered = _num_covered(digests, self.shape.num_heads)
         heads = _widened(self.heads, num_covered)
-        for target, (pieces, theirs) in zip(block, self._runs(heads), strict=True):
-            copy = target if heads == self.heads else np.empty(pieces.stop - pieces.start, np.uint8)
-            np.copyto(copy, slot[pieces])
+        if heads != self.heads:
+            return self._copy_in_some(slot, block, heads, num_covered, digests)
+        for target, (start, stop, theirs) in zip(block, self._own_runs, strict=True):
+            target[:] = slot[start:stop]
             if failpoints.ON:
-                failpoints.hit("xfer.read", copy)
-            digests[theirs] = self._digest(copy, num_covered)
-            if copy is not target:
-                first = (self.heads.start - heads.start) * self.shape.piece_bytes
-                np.copyto(target, copy[first : first + target.size])
+                failpoints.hit("xfer.read", target)
+            digests[theirs] = self._digest(target.data, 0, target.size, num_covered)
         return xxhash.xxh3_128_digest(digests)
 
-    def _runs(self, heads: range) -> Iterator[tuple[slice, slice]]:
-        """Where the pieces of `heads` lie in a slot, and their digests among all digests, layer by layer."""
-        size = self.shape.piece_bytes
+    def _copy_in_some(
+        self, slot: Bytes, block: Sequence[Bytes], heads: range, num_covered: int, digests: bytearray
+    ) -> bytes:
+        """Take this part out of copies of more `heads`, whose digests cover it."""
+        first = (self.heads.start - heads.start) * self.shape.piece_bytes
+        for target, (start, stop, theirs) in zip(block, self._runs(heads), strict=True):
+            copy = slot[start:stop].copy()
+            if failpoints.ON:
+                failpoints.hit("xfer.read", copy)
+            digests[theirs] = self._digest(copy.data, 0, copy.size, num_covered)
+            target[:] = copy[first : first + target.size]
+        return xxhash.xxh3_128_digest(digests)
+
+    @cached_property
+    def _own_runs(self) -> list[Run]:
+        return self._runs(self.heads)
+
+    def _runs(self, heads: range) -> list[Run]:
+        """Where the pieces of `heads` begin and end in a slot, and their digests' place, layer by layer."""
+        size, runs = self.shape.piece_bytes, []
         for layer in self.layers:
             first = layer * self.shape.num_heads + heads.start
             last = first + len(heads)
-            yield slice(first * size, last * size), slice(first * DIGEST_BYTES, last * DIGEST_BYTES)
+            runs.append((first * size, last * size, slice(first * DIGEST_BYTES, last * DIGEST_BYTES)))
+        return runs
 
-    def _digest(self, pieces: Bytes, num_covered: int) -> bytes:
+    def _digest(self, view: memoryview, start: int, stop: int, num_covered: int) -> bytes:
         """The digests of pieces that lie one behind the other, each of `num_covered` of them."""
-        view, size = pieces.data, self.shape.piece_bytes * num_covered
-        parts = [xxhash.xxh3_128_digest(view[at : at + size]) for at in range(0, view.nbytes, size)]
+        digest, size = xxhash.xxh3_128_digest, self.shape.piece_bytes * num_covered
         padding = NONE * (num_covered - 1)
-        return padding.join(parts) + padding
+        return padding.join([digest(view[at : at + size]) for at in range(start, stop, size)]) + padding
 
     def _require_fit(self, slot: Bytes) -> None:
         if slot.size != self.shape.slot_bytes:
