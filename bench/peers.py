@@ -17,6 +17,7 @@ import httpx
 
 from bench.load import Server
 
+STOP_TIMEOUT_S = 20.0
 START_TIMEOUT_S = 300
 
 
@@ -76,11 +77,16 @@ def _wait_healthy(url: str, process: subprocess.Popen[bytes]) -> None:
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    """The whole group: vLLM's server leaves its engine core behind when it is only killed itself."""
+    """The whole group: vLLM's server leaves its engine core behind when it is only killed itself.
+
+    Its trackers of shared memory end last, when they have removed what the others left.
+    """
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGTERM)
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(15)
-    with contextlib.suppress(ProcessLookupError):
+        deadline = time.monotonic() + STOP_TIMEOUT_S
+        while time.monotonic() < deadline:
+            process.poll()  # else the group has a dead member for ever
+            os.killpg(process.pid, 0)
+            time.sleep(0.05)
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
