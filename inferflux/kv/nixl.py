@@ -38,7 +38,7 @@ ENVIRONMENT = {
     "UCX_LOG_LEVEL": "error",  # it warns of whatever a dead peer leaves unfinished
     "UCX_RCACHE_MAX_UNRELEASED": "1024",  # unlimited, deregistered memory piles up
 }
-WINDOW_BYTES = 1 << 20
+WINDOW_BYTES = 8 << 20
 """Bytes read at once; two windows make a reader's buffer."""
 STALL_S = 2.0
 """A window that takes longer than this will not come."""
