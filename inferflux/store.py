@@ -5,14 +5,15 @@ Each service's store is a subclass and says how its records lie there. A write t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any, Self
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from typing import Any, Self, TypeVar
 
 import redis.asyncio as redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import RedisError
+from redis.exceptions import RedisError, WatchError
 
 from inferflux.errors import ConfigError, Unavailable
 
@@ -24,6 +25,7 @@ MAX_REVISION = 2**62
 # redis-py's own types say bytes and text, coroutine and value, all at once.
 Client = Any
 Pipe = Any
+T = TypeVar("T")
 
 
 class RedisStore:
@@ -52,6 +54,29 @@ class RedisStore:
             yield
         except (RedisError, OSError, TimeoutError) as e:
             raise Unavailable(f"{self._name} store: {type(e).__name__}", retry_after_s=1.0) from e
+
+    async def _transact(self, attempt: Callable[[Pipe], Awaitable[T]]) -> T:
+        """Let `attempt` watch, read and write, again as long as somebody else was faster. Raises Unavailable."""
+        with self._answering():
+            async with asyncio.timeout(UPDATE_TIMEOUT_S), self._redis.pipeline(transaction=True) as pipe:
+                while True:
+                    try:
+                        return await attempt(pipe)
+                    except WatchError:
+                        continue
+
+    @asynccontextmanager
+    async def _subscribe(self, channel: str) -> AsyncIterator[Callable[[float], Awaitable[None]]]:
+        """Give a function that waits for the next message, at most so many seconds. Raises Unavailable."""
+        async with self._redis.pubsub(ignore_subscribe_messages=True) as pubsub:
+            with self._answering():
+                await pubsub.subscribe(channel)
+
+            async def wait(timeout_s: float) -> None:
+                with self._answering():
+                    await pubsub.get_message(timeout=timeout_s)
+
+            yield wait
 
 
 def read_revision(text: str | None) -> int:

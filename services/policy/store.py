@@ -13,17 +13,14 @@ book says then that it is damaged. Records of an old key of the ring are written
 
 from __future__ import annotations
 
-import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable, Iterable
+from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
 from typing import TypeVar
 
-from redis.exceptions import WatchError
-
-from inferflux.store import UPDATE_TIMEOUT_S, Pipe, RedisStore, read_revision
+from inferflux.store import Pipe, RedisStore, read_revision
 from services.policy.book import KeyBook
 from services.policy.history import History, Revision, decode_revision, encode_revision
 from services.policy.keys import Key, decode_key, encode_key
@@ -58,26 +55,11 @@ class PolicyStore(RedisStore):
 
         `edit` may run several times, and may raise. A book of the same revision is not written. Raises Unavailable.
         """
-        with self._answering():
-            async with asyncio.timeout(UPDATE_TIMEOUT_S), self._redis.pipeline(transaction=True) as pipe:
-                while True:
-                    try:
-                        return await self._try_update(pipe, edit)
-                    except WatchError:  # another replica was faster
-                        continue
+        return await self._transact(lambda pipe: self._try_update(pipe, edit))
 
-    @asynccontextmanager
-    async def subscribe(self) -> AsyncIterator[Callable[[float], Awaitable[None]]]:
+    def subscribe(self) -> AbstractAsyncContextManager[Callable[[float], Awaitable[None]]]:
         """Give a function that waits for the next write of any replica, at most so many seconds. Raises Unavailable."""
-        async with self._redis.pubsub(ignore_subscribe_messages=True) as pubsub:
-            with self._answering():
-                await pubsub.subscribe(CHANNEL)
-
-            async def wait(timeout_s: float) -> None:
-                with self._answering():
-                    await pubsub.get_message(timeout=timeout_s)
-
-            yield wait
+        return self._subscribe(CHANNEL)
 
     async def _try_update(self, pipe: Pipe, edit: Callable[[KeyBook], KeyBook]) -> KeyBook:
         await pipe.watch(REVISION, KEYS, REVOKED, REVISIONS, SEAL)

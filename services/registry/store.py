@@ -10,16 +10,13 @@ is Unavailable.
 
 from __future__ import annotations
 
-import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
-
-from redis.exceptions import WatchError
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
 
 from inferflux.errors import Internal, InvalidRequest
-from inferflux.store import UPDATE_TIMEOUT_S, Pipe, RedisStore, read_revision
+from inferflux.store import Pipe, RedisStore, read_revision
 from services.registry.deployments.adapter import AdapterSpec
 from services.registry.deployments.deployment import Deployment
 from services.registry.models import Model, ModelBook
@@ -74,13 +71,7 @@ class RegistryStore(RedisStore):
 
         `edit` may run several times, and may raise. A book of the same revision is not written. Raises Unavailable.
         """
-        with self._answering():
-            async with asyncio.timeout(UPDATE_TIMEOUT_S), self._redis.pipeline(transaction=True) as pipe:
-                while True:
-                    try:
-                        return await _try_update(pipe, edit)
-                    except WatchError:  # another replica was faster
-                        continue
+        return await self._transact(lambda pipe: _try_update(pipe, edit))
 
     async def release(self, name: str) -> Release:
         """Return all versions of a model. Raises Unavailable."""
@@ -89,13 +80,7 @@ class RegistryStore(RedisStore):
 
     async def edit_release(self, name: str, edit: Callable[[Release], Release]) -> Release:
         """Replace the versions of a model by what `edit` makes of them; see `update`. Raises Unavailable."""
-        with self._answering():
-            async with asyncio.timeout(UPDATE_TIMEOUT_S), self._redis.pipeline(transaction=True) as pipe:
-                while True:
-                    try:
-                        return await _try_edit_release(pipe, name, edit)
-                    except WatchError:  # somebody else was faster
-                        continue
+        return await self._transact(lambda pipe: _try_edit_release(pipe, name, edit))
 
     async def revoke_key(self, key_id: str) -> None:
         """End the trust in a signing key. Raises Unavailable."""
@@ -141,26 +126,11 @@ class RegistryStore(RedisStore):
         self, name: str, edit: Callable[[Deployment | None], Deployment | None]
     ) -> Deployment | None:
         """Replace a model's deployment by what `edit` makes of it, None: none; see `update`. Raises Unavailable."""
-        with self._answering():
-            async with asyncio.timeout(UPDATE_TIMEOUT_S), self._redis.pipeline(transaction=True) as pipe:
-                while True:
-                    try:
-                        return await _try_edit_deployment(pipe, name, edit)
-                    except WatchError:  # somebody else was faster
-                        continue
+        return await self._transact(lambda pipe: _try_edit_deployment(pipe, name, edit))
 
-    @asynccontextmanager
-    async def subscribe(self) -> AsyncIterator[Callable[[float], Awaitable[None]]]:
+    def subscribe(self) -> AbstractAsyncContextManager[Callable[[float], Awaitable[None]]]:
         """Give a function that waits for the next write of any replica, at most so many seconds. Raises Unavailable."""
-        async with self._redis.pubsub(ignore_subscribe_messages=True) as pubsub:
-            with self._answering():
-                await pubsub.subscribe(CHANNEL)
-
-            async def wait(timeout_s: float) -> None:
-                with self._answering():
-                    await pubsub.get_message(timeout=timeout_s)
-
-            yield wait
+        return self._subscribe(CHANNEL)
 
 
 async def _try_update(pipe: Pipe, edit: Callable[[ModelBook], ModelBook]) -> ModelBook:

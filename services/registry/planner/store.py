@@ -7,7 +7,6 @@ failure of Redis, slow answers included, is Unavailable.
 
 from __future__ import annotations
 
-import asyncio
 import json
 import logging
 from collections.abc import Callable
@@ -16,7 +15,7 @@ from typing import Any
 from redis.exceptions import WatchError
 
 from inferflux.errors import InvalidRequest
-from inferflux.store import UPDATE_TIMEOUT_S, Pipe, RedisStore, read_revision
+from inferflux.store import Pipe, RedisStore, read_revision
 from services.registry.planner import book
 from services.registry.planner.book import PoolBook
 
@@ -45,13 +44,7 @@ class PlannerStore(RedisStore):
 
         Raises Unavailable.
         """
-        with self._answering():
-            async with asyncio.timeout(UPDATE_TIMEOUT_S), self._redis.pipeline(transaction=True) as pipe:
-                while True:
-                    try:
-                        return await _try_update(pipe, edit)
-                    except WatchError:  # another replica was faster
-                        continue
+        return await self._transact(lambda pipe: _try_update(pipe, edit))
 
     async def write_plans(self, plans: dict[str, Any]) -> None:
         """Replace what the leader found. Raises Unavailable."""
