@@ -12,9 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from inferflux.rpc.client import translated_errors
 from inferflux.v1 import model_service_pb2 as pb
 from inferflux.v1.model_service_pb2_grpc import ModelServiceStub
-from services.gateway import envelope
-from services.gateway.asgi import header_map
-from services.gateway.documents import respond, validate
+from services.gateway.documents import read, respond
 from services.gateway.envelope import BodyLimits
 
 LIMITS = BodyLimits(max_bytes=64 * 1024, max_depth=8)
@@ -54,8 +52,7 @@ class AdaptersApi:
         return respond({"object": "list", "data": orjson.loads(answer.adapters_json)})
 
     async def put_adapter(self, request: Request) -> Response:
-        data = await envelope.read_body(request.receive, header_map(request.headers.raw), LIMITS)
-        body = validate(AdapterBody, envelope.parse_object(data, LIMITS))
+        body = await read(request, AdapterBody, LIMITS)
         change = pb.PutAdapterRequest(adapter_json=orjson.dumps(body.model_dump()))
         with translated_errors():
             answer = await self._stub.PutAdapter(change, timeout=TIMEOUT_S)

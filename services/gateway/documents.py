@@ -5,10 +5,13 @@ from __future__ import annotations
 from typing import Any, TypeVar
 
 import orjson
-from fastapi import Response
+from fastapi import Request, Response
 from pydantic import BaseModel, ValidationError
 
 from inferflux.errors import InvalidRequest
+from services.gateway import envelope
+from services.gateway.asgi import header_map
+from services.gateway.envelope import BodyLimits
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -16,6 +19,12 @@ M = TypeVar("M", bound=BaseModel)
 def respond(document: dict[str, Any], status: int = 200) -> Response:
     """Answer with a JSON object."""
     return Response(orjson.dumps(document), status, media_type="application/json")
+
+
+async def read(request: Request, kind: type[M], limits: BodyLimits) -> M:
+    """Read a request's body and check it. Raises InvalidRequest, and what bodies that are too large or late raise."""
+    data = await envelope.read_body(request.receive, header_map(request.headers.raw), limits)
+    return validate(kind, envelope.parse_object(data, limits))
 
 
 def validate(kind: type[M], document: dict[str, Any]) -> M:

@@ -16,9 +16,7 @@ from inferflux.errors import InferfluxError
 from inferflux.rpc.client import translated_errors
 from inferflux.v1 import model_service_pb2 as pb
 from inferflux.v1.model_service_pb2_grpc import ModelServiceStub
-from services.gateway import envelope
-from services.gateway.asgi import header_map
-from services.gateway.documents import respond, validate
+from services.gateway.documents import read, respond
 from services.gateway.envelope import BodyLimits
 
 LIMITS = BodyLimits(max_bytes=64 * 1024, max_depth=8)
@@ -70,8 +68,7 @@ class ModelsApi:
         return respond({"object": "list", "data": orjson.loads(answer.deployments_json)})
 
     async def load_model(self, request: Request) -> Response:
-        data = await envelope.read_body(request.receive, header_map(request.headers.raw), LIMITS)
-        body = validate(LoadBody, envelope.parse_object(data, LIMITS))
+        body = await read(request, LoadBody, LIMITS)
         spec = orjson.dumps(body.model_dump(exclude={"stream"}))
         with translated_errors():
             answer = await self._stub.LoadModel(pb.LoadModelRequest(spec_json=spec), timeout=TIMEOUT_S)
@@ -83,8 +80,7 @@ class ModelsApi:
         return self._answer(name, answer.deployment_json, is_streamed=request.query_params.get("stream") == "true")
 
     async def set_default(self, request: Request) -> Response:
-        data = await envelope.read_body(request.receive, header_map(request.headers.raw), LIMITS)
-        body = validate(DefaultBody, envelope.parse_object(data, LIMITS))
+        body = await read(request, DefaultBody, LIMITS)
         with translated_errors():
             answer = await self._stub.SetDefaultModel(pb.SetDefaultModelRequest(model=body.model), timeout=TIMEOUT_S)
         return respond({"id": body.model, "object": "model", "is_default": True, "revision": answer.revision})

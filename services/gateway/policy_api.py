@@ -13,9 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from inferflux.errors import InvalidRequest
 from inferflux.policy.diff import diff
 from inferflux.policy.document import EMPTY, MAX_BYTES, canonical, dump
-from services.gateway import envelope
-from services.gateway.asgi import header_map
-from services.gateway.documents import M, respond, validate
+from services.gateway import documents
+from services.gateway.documents import M, respond
 from services.gateway.envelope import BodyLimits
 from services.gateway.policy_documents import PolicyChange, PolicyDocuments, PolicyRevision, PolicyState
 
@@ -137,8 +136,7 @@ class PolicyApi:
 
 async def read(kind: type[M], request: Request) -> M:
     """Read a body. Raises InvalidRequest."""
-    data = await envelope.read_body(request.receive, header_map(request.headers.raw), LIMITS)
-    return validate(kind, envelope.parse_object(data, LIMITS))
+    return await documents.read(request, kind, LIMITS)
 
 
 def author(request: Request) -> str:
@@ -162,11 +160,11 @@ def _number(text: str) -> int:
 
 def _with_changes(revisions: list[PolicyRevision]) -> list[dict[str, Any]]:
     """Render revisions, newest first, each with what it changed in what was live before it."""
-    documents = []
+    described = []
     for position, revision in enumerate(revisions):
         before = next((r.document for r in revisions[position + 1 :] if r.stage == "live"), EMPTY)
-        documents.append(describe(revision) | {"changes": _changes(before, revision.document)})
-    return documents
+        described.append(describe(revision) | {"changes": _changes(before, revision.document)})
+    return described
 
 
 def _changes(before: bytes, after: bytes) -> list[dict[str, Any]]:

@@ -12,9 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from inferflux.rpc.client import translated_errors
 from inferflux.v1 import pool_service_pb2 as pb
 from inferflux.v1.pool_service_pb2_grpc import PoolServiceStub
-from services.gateway import envelope
-from services.gateway.asgi import header_map
-from services.gateway.documents import respond, validate
+from services.gateway.documents import read, respond
 from services.gateway.envelope import BodyLimits
 
 LIMITS = BodyLimits(max_bytes=256 * 1024, max_depth=8)
@@ -50,8 +48,7 @@ class PoolsApi:
         return respond({"object": "list", "data": orjson.loads(answer.pools_json), "revision": answer.revision})
 
     async def put_pools(self, request: Request) -> Response:
-        data = await envelope.read_body(request.receive, header_map(request.headers.raw), LIMITS)
-        body = validate(PutBody, envelope.parse_object(data, LIMITS))
+        body = await read(request, PutBody, LIMITS)
         change = pb.PutPoolsRequest(pools_json=orjson.dumps(body.pools), revision=body.expected_revision)
         with translated_errors():
             answer = await self._stub.PutPools(change, timeout=TIMEOUT_S)

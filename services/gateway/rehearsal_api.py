@@ -14,8 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from inferflux.errors import Conflict, InferfluxError, Unavailable
 from inferflux.policy.document import canonical, dump
 from services.gateway import envelope
-from services.gateway.asgi import header_map
-from services.gateway.documents import respond, validate
+from services.gateway.documents import read, respond
 from services.gateway.envelope import BodyLimits
 from services.gateway.guardrails.referees import Referees
 from services.gateway.policy import Policies, Policy, Source, compile_policy
@@ -85,8 +84,7 @@ class RehearsalApi:
 
     async def simulate(self, request: Request) -> Response:
         """Judge all records by both policies."""
-        data = await envelope.read_body(request.receive, header_map(request.headers.raw), LIMITS)
-        body = validate(SimulateBody, envelope.parse_object(data, LIMITS))
+        body = await read(request, SimulateBody, LIMITS)
         live, tried = (Rehearsal(policy, self._referees) for policy in self._chosen(body.document))
         pairs, num_unread = [], 0
         for record in body.records:
