@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import MISSING, asdict, dataclass, fields
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import PurePath
 from typing import Any
 
 from inferflux.errors import InvalidRequest
+from services.registry import strict
 from services.registry.models import NAME
 
 MAX_TENANTS = 256
@@ -47,26 +48,7 @@ class AdapterSpec:
     @classmethod
     def from_json(cls, document: object) -> AdapterSpec:
         """Read a document strictly. Raises InvalidRequest that names every unknown, missing or ill-typed key."""
-        if not isinstance(document, dict):
-            raise InvalidRequest("an adapter must be an object", param="adapter")
-        known = {f.name: f for f in fields(cls)}
-        problems = [f"unknown key {str(key)[:64]!r}" for key in document if key not in known]
-        problems += [f"{f.name}: missing" for f in known.values() if f.default is MISSING and f.name not in document]
-        values: dict[str, Any] = {}
-        for key in known.keys() & document.keys():
-            try:
-                values[key] = _READERS[key](document[key])
-            except ValueError as e:
-                problems.append(f"{key}: {e}")
-        if problems:
-            raise InvalidRequest("; ".join(problems), param="adapter")
-        return cls(**values)
-
-
-def _text(value: object) -> str:
-    if not isinstance(value, str):
-        raise ValueError("must be text")  # noqa: TRY004 - the document's fault, not the code's
-    return value
+        return cls(**strict.read(cls, document, _READERS, what="an adapter", param="adapter"))
 
 
 def _texts(value: object) -> tuple[str, ...]:
@@ -75,23 +57,11 @@ def _texts(value: object) -> tuple[str, ...]:
     return tuple(value)
 
 
-def _flag(value: object) -> bool:
-    if not isinstance(value, bool):
-        raise ValueError("must be true or false")  # noqa: TRY004
-    return value
-
-
-def _integer(value: object) -> int:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise ValueError("must be a whole number")  # noqa: TRY004
-    return value
-
-
-_READERS: Mapping[str, Callable[[object], Any]] = {
-    "name": _text,
-    "model": _text,
-    "source": _text,
+_READERS: Mapping[str, strict.Reader] = {
+    "name": strict.text,
+    "model": strict.text,
+    "source": strict.text,
     "tenants": _texts,
-    "is_pinned": _flag,
-    "revision": _integer,
+    "is_pinned": strict.flag,
+    "revision": strict.integer,
 }

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from pathlib import PurePath
 from typing import Any
 
 from inferflux.errors import InvalidRequest
+from services.registry import strict
 from services.registry.models import NAME
 
 MAX_WORKERS = 64
@@ -60,20 +61,7 @@ class ModelSpec:
     @classmethod
     def from_json(cls, document: object) -> ModelSpec:
         """Read a document strictly. Raises InvalidRequest that names every unknown, missing or ill-typed key."""
-        if not isinstance(document, dict):
-            raise InvalidRequest("a model must be an object", param="model")
-        known = {f.name: f for f in fields(cls)}
-        problems = [f"unknown key {str(key)[:64]!r}" for key in document if key not in known]
-        problems += [f"{f.name}: missing" for f in known.values() if _is_required(f) and f.name not in document]
-        values: dict[str, Any] = {}
-        for key in known.keys() & document.keys():
-            try:
-                values[key] = _READERS[key](document[key])
-            except ValueError as e:
-                problems.append(f"{key}: {e}")
-        if problems:
-            raise InvalidRequest("; ".join(problems), param="model")
-        return cls(**values)
+        return cls(**strict.read(cls, document, _READERS, what="a model", param="model"))
 
     def _problems(self) -> list[str]:
         source = PurePath(self.source)
@@ -151,28 +139,6 @@ class Deployment:
         return cls(document["model"], wanted, current, document["error"])
 
 
-def _is_required(f: Any) -> bool:
-    return f.default is MISSING and f.default_factory is MISSING
-
-
-def _text(value: object) -> str:
-    if not isinstance(value, str):
-        raise ValueError("must be text")  # noqa: TRY004 - the document's fault, not the code's
-    return value
-
-
-def _integer(value: object) -> int:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise ValueError("must be a whole number")  # noqa: TRY004
-    return value
-
-
-def _number(value: object) -> float:
-    if not isinstance(value, int | float) or isinstance(value, bool) or value != value:  # noqa: PLR0124 - NaN
-        raise ValueError("must be a number")
-    return float(value)
-
-
 def _settings(value: object) -> dict[str, str]:
     """Read what becomes environment variables: text, numbers and truth values."""
     if not isinstance(value, dict) or not all(isinstance(v, str | int) for v in value.values()):
@@ -180,12 +146,12 @@ def _settings(value: object) -> dict[str, str]:
     return {str(k): str(v).lower() if isinstance(v, bool) else str(v) for k, v in value.items()}
 
 
-_READERS: Mapping[str, Callable[[object], Any]] = {
-    "model": _text,
-    "source": _text,
-    "prefill": _integer,
-    "decode": _integer,
+_READERS: Mapping[str, strict.Reader] = {
+    "model": strict.text,
+    "source": strict.text,
+    "prefill": strict.integer,
+    "decode": strict.integer,
     "settings": _settings,
-    "drain_s": _number,
-    "revision": _integer,
+    "drain_s": strict.number,
+    "revision": strict.integer,
 }

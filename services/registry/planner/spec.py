@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from enum import StrEnum
 from typing import Any
 
 from inferflux.errors import InvalidRequest
 from inferflux.types import Role
+from services.registry import strict
 from services.registry.models import NAME
 from services.registry.planner.scaling import MAX_REPLICAS, Cost, Slo
 
@@ -89,21 +90,8 @@ class PoolSpec:
     @classmethod
     def from_json(cls, document: object) -> PoolSpec:
         """Read a document strictly. Raises InvalidRequest that names every unknown, missing or ill-typed key."""
-        if not isinstance(document, dict):
-            raise InvalidRequest("a pool must be an object", param="pools")
-        known = {f.name: f for f in fields(cls)}
-        problems = [f"unknown key {str(key)[:64]!r}" for key in document if key not in known]
-        problems += [f"{f.name}: missing" for f in known.values() if f.default is MISSING and f.name not in document]
-        values: dict[str, Any] = {}
-        for key, value in document.items():
-            if key in known:
-                try:
-                    values[key] = _READERS[str(known[key].type)](value)
-                except ValueError as e:
-                    problems.append(f"{key}: {e}")
-        if problems:
-            raise InvalidRequest("pool: " + "; ".join(problems), param="pools")
-        return cls(**values)
+        readers = {f.name: _READERS[str(f.type)] for f in fields(cls)}
+        return cls(**strict.read(cls, document, readers, what="a pool", param="pools", prefix="pool: "))
 
     def _problems(self) -> list[str]:
         checks = {
@@ -141,24 +129,6 @@ _AMOUNTS = (
 )
 
 
-def _text(value: object) -> str:
-    if not isinstance(value, str):
-        raise ValueError("must be text")  # noqa: TRY004 - the document's fault, not the code's
-    return value
-
-
-def _integer(value: object) -> int:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise ValueError("must be a whole number")  # noqa: TRY004
-    return value
-
-
-def _number(value: object) -> float:
-    if not isinstance(value, int | float) or isinstance(value, bool) or value != value:  # noqa: PLR0124 - NaN
-        raise ValueError("must be a number")
-    return float(value)
-
-
 def _role(value: object) -> Role:
     if value not in SLO_MS:
         raise ValueError(f"must be one of {', '.join(SLO_MS)}")
@@ -171,4 +141,4 @@ def _mode(value: object) -> Mode:
     return Mode(str(value))
 
 
-_READERS = {"str": _text, "int": _integer, "float": _number, "Role": _role, "Mode": _mode}
+_READERS = {"str": strict.text, "int": strict.integer, "float": strict.number, "Role": _role, "Mode": _mode}
