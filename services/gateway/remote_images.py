@@ -27,13 +27,13 @@ async def inlined(body: bytes, limits: ImageLimits, max_bytes: int) -> bytes:
     Raises BodyTooLarge when it gets more than `max_bytes`.
     """
     document = orjson.loads(body)
-    parts = [part for part in media.parts(document) if media.listed_address(part, limits.hosts) is not None]
-    addresses = {url for part in parts if (url := media.listed_address(part, limits.hosts)) is not None}
-    fetched = await _fetch_all(sorted(addresses), limits)
+    found = ((part, media.listed_address(part, limits.hosts)) for part in media.parts(document))
+    listed = [(part, url) for part, url in found if url is not None]
+    fetched = await _fetch_all(sorted({url for _, url in listed}), limits)
     if (num_bytes := len(body) + sum(map(len, fetched.values()))) > max_bytes:
         raise BodyTooLarge(f"the body with its images has {num_bytes} bytes, the limit is {max_bytes}")
-    for part in parts:
-        _put(part, fetched[media.listed_address(part, limits.hosts) or ""])
+    for part, url in listed:
+        _put(part, fetched[url])
     return orjson.dumps(document)
 
 
