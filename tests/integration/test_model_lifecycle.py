@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
-import threading
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from concurrent.futures import Future
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from inferflux.cli.failure import Exit
 from inferflux.engine.reference import NumericsReference, save
 from inferflux.models import signing
 from inferflux.models.manifest import REFERENCE
+from tests.support.asking import asking as go_on_asking
 from tests.support.cluster import Cluster, inferctl, new_home, poll
 from tests.support.models import make_folder, sign
 
@@ -45,26 +45,10 @@ def client(cluster: Cluster) -> Iterator[httpx.Client]:
         yield client
 
 
-@contextmanager
-def asking(client: httpx.Client, model: str | None, num_clients: int = 2) -> Iterator[list[Future[int]]]:
-    """Clients that ask a model, or the default one, again and again; each tells how often it was answered in full."""
-    is_over = threading.Event()
-
-    def ask() -> int:
-        num_done = 0
-        while not is_over.is_set():
-            body = {"prompt": "Go on.", "max_tokens": 40, "temperature": 0} | ({"model": model} if model else {})
-            answer = client.post(COMPLETIONS, json=body).raise_for_status().json()
-            assert answer["usage"]["completion_tokens"] == 40
-            num_done += 1
-        return num_done
-
-    with ThreadPoolExecutor(num_clients) as pool:
-        clients = [pool.submit(ask) for _ in range(num_clients)]
-        try:
-            yield clients
-        finally:
-            is_over.set()
+def asking(client: httpx.Client, model: str | None, num_clients: int = 2) -> AbstractContextManager[list[Future[int]]]:
+    """Clients of a model, or of the default one."""
+    body = {"prompt": "Go on.", "max_tokens": 40, "temperature": 0} | ({"model": model} if model else {})
+    return go_on_asking(client, COMPLETIONS, body, num_clients)
 
 
 def load(client: httpx.Client, **spec: Any) -> list[dict[str, Any]]:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from concurrent.futures import Future
+from contextlib import AbstractContextManager
 from typing import Any
 
 import httpx
 import pytest
 
 from inferflux.cli.failure import Exit
+from tests.support.asking import asking
 from tests.support.cluster import Cluster, poll
 
 POOLS = "/v1/admin/pools"
@@ -63,26 +63,9 @@ def all_decode(cluster: Cluster) -> list[str]:
     return [p["id"] for p in cluster.processes if p["role"] == "decode"]
 
 
-@contextmanager
-def load(client: httpx.Client, num_clients: int) -> Iterator[list[Future[int]]]:
-    """Clients that ask again and again; each result is how many of its requests were answered in full."""
-    is_over = threading.Event()
-
-    def ask() -> int:
-        num_done = 0
-        while not is_over.is_set():
-            body = {"messages": [{"role": "user", "content": "Go on."}], "max_tokens": 200, "temperature": 0}
-            answer = client.post(CHAT, json=body).raise_for_status().json()
-            assert answer["usage"]["completion_tokens"] == 200
-            num_done += 1
-        return num_done
-
-    with ThreadPoolExecutor(num_clients) as pool:
-        clients = [pool.submit(ask) for _ in range(num_clients)]
-        try:
-            yield clients
-        finally:
-            is_over.set()
+def load(client: httpx.Client, num_clients: int) -> AbstractContextManager[list[Future[int]]]:
+    body = {"messages": [{"role": "user", "content": "Go on."}], "max_tokens": 200, "temperature": 0}
+    return asking(client, CHAT, body, num_clients)
 
 
 def test_pools_without_a_spec_are_seen_and_not_planned(cluster: Cluster, client: httpx.Client) -> None:
